@@ -1,0 +1,145 @@
+// What others get from a clone: an installed tree that find_package(calotype CONFIG) finds, and the
+// include-arrow checker that guards the folders.
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <string>
+
+namespace {
+
+namespace fs = std::filesystem;
+
+const fs::path kSource = CALOTYPE_SOURCE_DIR;
+const fs::path kBuild = fs::path(CALOTYPE_BIN_DIR).parent_path();
+
+// A fresh folder that is removed at the end of its life.
+class Folder {
+ public:
+  Folder() {
+    std::string name = (fs::temp_directory_path() / "calotype-install-XXXXXX").string();
+    path = mkdtemp(name.data());
+  }
+  ~Folder() { fs::remove_all(path); }
+  Folder(const Folder&) = delete;
+  void Write(const fs::path& name, const std::string& text) const {
+    fs::create_directories((path / name).parent_path());
+    std::ofstream(path / name) << text;
+  }
+  fs::path path;
+};
+
+struct Result {
+  int status;
+  std::string text;
+};
+
+Result Run(const std::string& command) {
+  Result result{-1, ""};
+  FILE* pipe = popen((command + " 2>&1").c_str(), "r");
+  if (!pipe) return result;
+  std::array<char, 4096> buffer;
+  for (size_t n; (n = fread(buffer.data(), 1, buffer.size(), pipe)) > 0;)
+    result.text.append(buffer.data(), n);
+  result.status = WEXITSTATUS(pclose(pipe));
+  return result;
+}
+
+// Builds the consumer against the installed tree and returns what it prints.
+std::string BuildAndRun(const fs::path& prefix, const std::string& find, const std::string& link,
+                        const std::string& code) {
+  Folder consumer;
+  consumer.Write("CMakeLists.txt",
+                 "cmake_minimum_required(VERSION 3.22)\nproject(consumer CXX)\n" + find +
+                     "\nadd_executable(consumer main.cc)\ntarget_link_libraries(consumer " + link +
+                     ")\n");
+  consumer.Write("main.cc", code);
+  std::string folder = consumer.path.string();
+  Result configured =
+      Run("cmake -S " + folder + " -B " + folder + "/build -G Ninja -DCMAKE_BUILD_TYPE=Release" +
+          " \"-DCMAKE_PREFIX_PATH=" + prefix.string() + ";" + (kSource / ".deps/onednn").string() +
+          "\"");
+  EXPECT_EQ(configured.status, 0) << configured.text;
+  Result built = Run("cmake --build " + folder + "/build");
+  EXPECT_EQ(built.status, 0) << built.text;
+  Result ran = Run(folder + "/build/consumer");
+  EXPECT_EQ(ran.status, 0) << ran.text;
+  return ran.text;
+}
+
+TEST(InstallTest, ConsumersOfTheInstalledTreeBuildAndRun) {
+  Folder prefix;
+  Result installed =
+      Run("cmake --install " + kBuild.string() + " --prefix " + prefix.path.string());
+  ASSERT_EQ(installed.status, 0) << installed.text;
+  EXPECT_EQ(
+      BuildAndRun(prefix.path, "find_package(calotype CONFIG REQUIRED)", "calotype::graph", R"(
+#include <cstdio>
+#include "graph/functions.h"
+#include "graph/interpreter.h"
+int main() {
+  calotype::ComputationGraph graph;
+  auto x = graph.Input("x", calotype::Shape{3});
+  graph.Output("y", calotype::Sum(x * x));
+  std::vector<calotype::Tensor> inputs{calotype::Tensor::From<float>({3}, std::vector<float>{1, 2, 3})};
+  printf("%g\n", calotype::Interpreter(graph).Run(inputs)[0].Item());
+}
+)"),
+      "14\n");
+  if (fs::exists(fs::path(CALOTYPE_BIN_DIR) / "calotype")) {
+    // The component that needs LLVM, and the installed program.
+    EXPECT_EQ(BuildAndRun(prefix.path, "find_package(calotype CONFIG REQUIRED COMPONENTS jit)",
+                          "calotype::pipelines", R"(
+#include <cstdio>
+#include "graph/functions.h"
+#include "jit/compiled_graph.h"
+int main() {
+  calotype::ComputationGraph graph;
+  auto x = graph.Input("x", calotype::Shape{3});
+  graph.Output("y", calotype::Sum(x * x));
+  std::vector<calotype::Tensor> inputs{calotype::Tensor::From<float>({3}, std::vector<float>{1, 2, 3})};
+  printf("%g\n", calotype::Compile(graph)->Run(inputs)[0].Item());
+}
+)"),
+              "14\n");
+    Result version = Run((prefix.path / "bin/calotype").string() + " --version");
+    EXPECT_EQ(version.status, 0) << version.text;
+  }
+}
+
+TEST(IncludeArrowsTest, HoldInThisTree) {
+  Result result = Run("python3 " + (kSource / "tools/check_includes.py").string());
+  EXPECT_EQ(result.status, 0) << result.text;
+}
+
+TEST(IncludeArrowsTest, EachBreachIsNamed) {
+  Folder tree;
+  tree.Write("core/tensor.h",
+             "#include <vector>\n#include <fmt/format.h>\n#include <oneapi/dnnl/dnnl.hpp>\n");
+  tree.Write("core/contract.cc", "#include <oneapi/dnnl/dnnl.hpp>\n#include \"core/tensor.h\"\n");
+  tree.Write("core/parallel.cc", "#include <omp.h>\n");
+  tree.Write("graph/graph.h",
+             "#include \"core/tensor.h\"\n#include \"jit/compile.h\"\n#include <omp.h>\n");
+  tree.Write(
+      "jit/compile.h",
+      "#include <llvm/IR/Module.h>\n#include \"graph/graph.h\"\n#include \"layers/layer.h\"\n");
+  tree.Write(
+      "jit/runtime/run.h",
+      "#include \"core/tensor.h\"\n#include \"graph/graph.h\"\n#include <llvm/IR/Module.h>\n");
+  tree.Write("layers/layer.h", "#include \"tensor.h\"\n#include <boost/any.hpp>\n");
+  tree.Write("tests/a_test.cc", "#include <llvm/IR/Module.h>\n#include \"jit/compile.h\"\n");
+  Result result =
+      Run("python3 " + (kSource / "tools/check_includes.py").string() + " " + tree.path.string());
+  EXPECT_EQ(result.status, 1) << result.text;
+  for (const char* breach :
+       {"core/tensor.h:3:", "graph/graph.h:2:", "graph/graph.h:3:", "jit/compile.h:3:",
+        "jit/runtime/run.h:2:", "jit/runtime/run.h:3:", "layers/layer.h:1:", "layers/layer.h:2:"}) {
+    EXPECT_NE(result.text.find(breach), std::string::npos) << breach << "\n" << result.text;
+  }
+  EXPECT_NE(result.text.find("8 breaches"), std::string::npos) << result.text;
+}
+
+}  // namespace
