@@ -2,6 +2,8 @@
 // arithmetic is overflow-checked int64.
 #pragma once
 
+#include <fmt/format.h>
+
 #include <array>
 #include <cstdint>
 #include <initializer_list>
@@ -54,6 +56,11 @@ class Shape {
 // Errors: ShapeError naming both.
 Shape BroadcastShapes(const Shape& a, const Shape& b);
 
-inline std::string format_as(const Shape& shape) { return shape.ToString(); }
-
 }  // namespace calotype
+
+template <>
+struct fmt::formatter<calotype::Shape> : fmt::formatter<std::string> {
+  auto format(const calotype::Shape& shape, fmt::format_context& context) const {
+    return fmt::formatter<std::string>::format(shape.ToString(), context);
+  }
+};

@@ -44,7 +44,7 @@ int64_t DTypeSize(DType dtype) {
   return dtype == DType::kF32 || dtype == DType::kI32 ? 4 : 8;
 }
 
-std::string format_as(const TensorType& type) {
+std::string ToString(const TensorType& type) {
   return fmt::format("{}{}", DTypeName(type.dtype), type.shape);
 }
 

@@ -19,7 +19,6 @@ enum class DType : uint8_t { kF32, kF64, kI32, kI64 };
 
 std::string_view DTypeName(DType dtype);  // "f32", "f64", "i32", "i64"
 int64_t DTypeSize(DType dtype);           // bytes of one element
-inline std::string_view format_as(DType dtype) { return DTypeName(dtype); }
 
 template <class T>
 constexpr DType DTypeOf();
@@ -45,7 +44,7 @@ struct TensorType {
   Shape shape;
   bool operator==(const TensorType&) const = default;
 };
-std::string format_as(const TensorType& type);  // "f32[2, 3]"
+std::string ToString(const TensorType& type);  // "f32[2, 3]"
 
 class Tensor {
  public:
@@ -131,3 +130,16 @@ struct MemoryStats {
 std::shared_ptr<void> AllocateStorage(int64_t bytes);
 
 }  // namespace calotype
+
+template <>
+struct fmt::formatter<calotype::DType> : fmt::formatter<std::string_view> {
+  auto format(calotype::DType dtype, fmt::format_context& context) const {
+    return fmt::formatter<std::string_view>::format(calotype::DTypeName(dtype), context);
+  }
+};
+template <>
+struct fmt::formatter<calotype::TensorType> : fmt::formatter<std::string> {
+  auto format(const calotype::TensorType& type, fmt::format_context& context) const {
+    return fmt::formatter<std::string>::format(calotype::ToString(type), context);
+  }
+};
