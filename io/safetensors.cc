@@ -1,0 +1,254 @@
+#include "io/safetensors.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+#include "core/error.h"
+#include "io/atomic_file.h"
+#include "io/file.h"
+#include "io/safetensors_header.h"
+
+namespace calotype {
+
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "safetensors data is little-endian");
+
+// Where the bytes come from: ReadAt(offset, data, size) of a file or of memory.
+struct Source {
+  std::string name;
+  uint64_t size;
+  std::function<void(uint64_t, void*, uint64_t)> read;
+};
+
+float HalfToFloat(uint16_t bits) {
+  uint32_t sign = uint32_t{bits & 0x8000u} << 16;
+  uint32_t exponent = (bits >> 10) & 31u, mantissa = bits & 0x3ffu;
+  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | mantissa << 13);
+  if (exponent == 0) {
+    float value = static_cast<float>(mantissa) * 0x1p-24f;  // subnormal, exact
+    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
+  }
+  return std::bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+float BrainToFloat(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+
+// Reads the range of `entry` in pieces and stores convert(element) for each stored element, so that
+// the peak stays at the tensor plus one piece.
+template <class Stored, class Result, class F>
+Tensor Convert(const Source& source, const TensorEntry& entry, uint64_t data_begin, F convert) {
+  Tensor result(entry.shape, DTypeOf<Result>());
+  constexpr uint64_t kPiece = 1 << 16;
+  std::vector<Stored> piece;
+  uint64_t count = (entry.end - entry.begin) / sizeof(Stored);
+  Result* to = result.data<Result>();
+  for (uint64_t start = 0; start < count; start += kPiece) {
+    piece.resize(std::min(kPiece, count - start));
+    uint64_t offset = data_begin + entry.begin + start * sizeof(Stored);
+    source.read(offset, piece.data(), piece.size() * sizeof(Stored));
+    for (size_t i = 0; i < piece.size(); ++i) {
+      to[start + i] = convert(piece[i], offset + i * sizeof(Stored));
+    }
+  }
+  return result;
+}
+
+Tensor ReadPlain(const Source& source, const TensorEntry& entry, uint64_t data_begin, DType dtype) {
+  Tensor result(entry.shape, dtype);
+  source.read(data_begin + entry.begin, result.raw(), entry.end - entry.begin);
+  return result;
+}
+
+template <class Stored, class Result>
+Tensor Widen(const Source& source, const TensorEntry& entry, uint64_t data_begin) {
+  return Convert<Stored, Result>(source, entry, data_begin,
+                                 [](Stored x, uint64_t) { return static_cast<Result>(x); });
+}
+
+Tensor ReadTensor(const Source& s, const TensorEntry& entry, uint64_t data_begin) {
+  const std::string& dtype = entry.dtype;
+  if (dtype == "F32") return ReadPlain(s, entry, data_begin, DType::kF32);
+  if (dtype == "F64") return ReadPlain(s, entry, data_begin, DType::kF64);
+  if (dtype == "I32") return ReadPlain(s, entry, data_begin, DType::kI32);
+  if (dtype == "I64") return ReadPlain(s, entry, data_begin, DType::kI64);
+  if (dtype == "U8") return Widen<uint8_t, int32_t>(s, entry, data_begin);
+  if (dtype == "I8") return Widen<int8_t, int32_t>(s, entry, data_begin);
+  if (dtype == "U16") return Widen<uint16_t, int32_t>(s, entry, data_begin);
+  if (dtype == "I16") return Widen<int16_t, int32_t>(s, entry, data_begin);
+  if (dtype == "U32") return Widen<uint32_t, int64_t>(s, entry, data_begin);
+  if (dtype == "F16") {
+    return Convert<uint16_t, float>(s, entry, data_begin,
+                                    [](uint16_t x, uint64_t) { return HalfToFloat(x); });
+  }
+  if (dtype == "BF16") {
+    return Convert<uint16_t, float>(s, entry, data_begin,
+                                    [](uint16_t x, uint64_t) { return BrainToFloat(x); });
+  }
+  if (dtype == "BOOL") {
+    return Convert<uint8_t, int32_t>(s, entry, data_begin, [&](uint8_t x, uint64_t byte) {
+      if (x > 1) {
+        Fail<FileError>("{}: tensor {}: boolean with value {} at byte {}", s.name,
+                        Quoted(entry.name), x, byte);
+      }
+      return int32_t{x};
+    });
+  }
+  if (dtype == "U64") {
+    return Convert<uint64_t, int64_t>(s, entry, data_begin, [&](uint64_t x, uint64_t byte) {
+      if (x > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
+        Fail<FileError>("{}: tensor {}: value {} at byte {} is above 2^63 - 1", s.name,
+                        Quoted(entry.name), x, byte);
+      }
+      return static_cast<int64_t>(x);
+    });
+  }
+  Fail<InternalError>("{}: dtype {} passed the header check but cannot be loaded", s.name, dtype);
+}
+
+TensorFileHeader ReadHeader(const Source& source) {
+  Check<FileError>(source.size >= 8, "{}: {} bytes, too short for a safetensors file", source.name,
+                   source.size);
+  uint64_t length;
+  source.read(0, &length, 8);
+  CheckSafetensorsHeaderLength(length, source.size, source.name);
+  std::string json(length, '\0');
+  source.read(8, json.data(), length);
+  return ParseSafetensorsHeader(json, source.size - 8 - length, source.name);
+}
+
+TensorFile ReadAll(const Source& source) {
+  TensorFileHeader header = ReadHeader(source);
+  TensorFile result;
+  for (const TensorEntry& entry : header.entries) {
+    result.tensors.emplace(entry.name, ReadTensor(source, entry, header.data_begin));
+  }
+  result.metadata = std::move(header.metadata);
+  return result;
+}
+
+Source FileSource(const InputFile& file) {
+  return {file.name(), file.size(),
+          [&file](uint64_t offset, void* data, uint64_t size) { file.ReadAt(offset, data, size); }};
+}
+
+std::string_view FormatName(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return "F32";
+    case DType::kF64:
+      return "F64";
+    case DType::kI32:
+      return "I32";
+    case DType::kI64:
+      return "I64";
+  }
+  Fail<InternalError>("safetensors: dtype number {}", static_cast<int>(dtype));
+}
+
+// The reference writer orders by alignment first; within it by the order of its list of dtypes.
+int FormatOrder(DType dtype) {
+  switch (dtype) {
+    case DType::kI64:
+      return 0;
+    case DType::kF64:
+      return 1;
+    case DType::kF32:
+      return 2;
+    case DType::kI32:
+      return 3;
+  }
+  return 4;
+}
+
+std::string JsonString(const std::string& text, const char* what) {
+  Check(IsUtf8(text), "safetensors: {} {} is not UTF-8", what, Quoted(text));
+  return nlohmann::json(text).dump();
+}
+
+}  // namespace
+
+TensorFile ReadSafetensors(const std::filesystem::path& path) {
+  InputFile file(path);
+  return ReadAll(FileSource(file));
+}
+
+TensorFileHeader ReadSafetensorsHeader(const std::filesystem::path& path) {
+  InputFile file(path);
+  return ReadHeader(FileSource(file));
+}
+
+TensorFile ParseSafetensors(std::string_view bytes, const std::string& name) {
+  return ReadAll({name, bytes.size(), [&](uint64_t offset, void* data, uint64_t size) {
+                    Check<InternalError>(offset <= bytes.size() && size <= bytes.size() - offset,
+                                         "safetensors: read past the end");
+                    if (size > 0) std::memcpy(data, bytes.data() + offset, size);
+                  }});
+}
+
+SafetensorsLayout LayOutSafetensors(const TensorFile& file) {
+  std::map<std::string, std::string> metadata = file.metadata;
+  metadata.emplace("format", "pt");
+  std::string json = "{\"__metadata__\":{";
+  const char* comma = "";
+  for (const auto& [key, value] : metadata) {
+    json += fmt::format("{}{}:{}", comma, JsonString(key, "metadata key"),
+                        JsonString(value, "metadata value"));
+    comma = ",";
+  }
+  json += "}";
+  std::vector<std::pair<std::string, Tensor>> order(file.tensors.begin(), file.tensors.end());
+  std::stable_sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
+    return FormatOrder(a.second.dtype()) < FormatOrder(b.second.dtype());
+  });
+  SafetensorsLayout layout;
+  int64_t position = 0;
+  for (const auto& [name, tensor] : order) {
+    Check(tensor.defined(), "safetensors: tensor {} is undefined", Quoted(name));
+    Check(name != "__metadata__" && name.size() <= kMaxTensorName &&
+              name.find('\0') == std::string::npos,
+          "safetensors: {} cannot name a tensor", Quoted(name));
+    int64_t end = CheckedAdd(position, tensor.bytes(), "safetensors file");
+    std::string dims;
+    for (int64_t dim : tensor.shape()) dims += fmt::format("{}{}", dims.empty() ? "" : ",", dim);
+    json += fmt::format(",{}:{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{},{}]}}",
+                        JsonString(name, "tensor name"), FormatName(tensor.dtype()), dims, position,
+                        end);
+    position = end;
+    layout.data.push_back(tensor);
+  }
+  json += "}";
+  json.resize((json.size() + 7) / 8 * 8, ' ');
+  Check(json.size() <= kMaxSafetensorsHeader,
+        "safetensors: the header would have {} bytes, limit {}", json.size(),
+        kMaxSafetensorsHeader);
+  uint64_t length = json.size();
+  layout.header.assign(reinterpret_cast<const char*>(&length), 8);
+  layout.header += json;
+  return layout;
+}
+
+void WriteSafetensors(const std::filesystem::path& path, const TensorFile& file) {
+  SafetensorsLayout layout = LayOutSafetensors(file);
+  AtomicFile out(path);
+  out.Write(layout.header);
+  for (const Tensor& tensor : layout.data) {
+    out.Write(tensor.raw(), static_cast<uint64_t>(tensor.bytes()));
+  }
+  out.Commit();
+}
+
+std::string FormatSafetensors(const TensorFile& file) {
+  SafetensorsLayout layout = LayOutSafetensors(file);
+  std::string bytes = std::move(layout.header);
+  for (const Tensor& tensor : layout.data) {
+    bytes.append(static_cast<const char*>(tensor.raw()), static_cast<size_t>(tensor.bytes()));
+  }
+  return bytes;
+}
+
+}  // namespace calotype
