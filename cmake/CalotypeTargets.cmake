@@ -1,7 +1,7 @@
 # calotype_library(folder LINK public... PRIVATE private...): the library of one folder, from all its
 # .cc files. Files named *_isa.cc are compiled once per instruction-set level with
 # CALOTYPE_ISA = v2, v3, v4 (x86-64) or base (others); see core/isa.h.
-set(CALOTYPE_FLAGS -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math)
+set(CALOTYPE_FLAGS -Wall -Wextra -Wno-missing-field-initializers -ffp-contract=off -fno-math-errno -fno-trapping-math)
 if(CALOTYPE_WERROR)
   list(APPEND CALOTYPE_FLAGS -Werror)
 endif()

@@ -51,7 +51,8 @@ class InternalError : public Error {
 // Throws E with the formatted text if `condition` is false.
 template <class E = ValueError, class... Args>
 inline void Check(bool condition, fmt::format_string<Args...> format, Args&&... args) {
-  if (!condition) [[unlikely]] throw E(fmt::format(format, std::forward<Args>(args)...));
+  if (!condition) [[unlikely]]
+    throw E(fmt::format(format, std::forward<Args>(args)...));
 }
 
 template <class E = ValueError, class... Args>

@@ -1,6 +1,6 @@
-// Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy
-// as 1, 2, 3"). A number is a pure function of (seed, stream, index), so it does not depend on the
-// order of calls, on threads or on the machine.
+// Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
+// easy as 1, 2, 3"). A number is a pure function of (seed, stream, index), so it does not depend on
+// the order of calls, on threads or on the machine.
 #pragma once
 
 #include <array>
@@ -23,10 +23,10 @@ class Random {
   explicit Random(uint64_t seed, uint64_t stream = 0) : seed_(seed), stream_(stream) {}
   Random(uint64_t seed, std::string_view stream) : Random(seed, StreamOf(stream)) {}
 
-  uint32_t Next();                 // the next 32 random bits
-  float Uniform();                 // in [0, 1), 24 bits
-  float Normal();                  // mean 0, variance 1 (Box-Muller)
-  int64_t Integer(int64_t n);      // in [0, n), unbiased. Errors: ValueError unless n > 0.
+  uint32_t Next();             // the next 32 random bits
+  float Uniform();             // in [0, 1), 24 bits
+  float Normal();              // mean 0, variance 1 (Box-Muller)
+  int64_t Integer(int64_t n);  // in [0, n), unbiased. Errors: ValueError unless n > 0.
 
   Tensor UniformTensor(const Shape& shape, float low = 0, float high = 1);
   Tensor NormalTensor(const Shape& shape);

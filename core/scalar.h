@@ -1,8 +1,9 @@
-// Scalar algebra: the functions that the formulas of graph/ops.def are written in, over four kinds of
-// scalar S: float (eager kernels), double (reference), Sym (records a ScalarProgram for the JIT) and
-// Dual<S> (derivatives). Float and Sym share the same polynomial approximations, written once over
-// the primitives, so eager and compiled code give the same bits. Everything is always_inline: GCC does
-// not vectorize callers otherwise, and the copies compiled for several instruction sets must not mix.
+// Scalar algebra: the functions that the formulas of graph/ops.def are written in, over four kinds
+// of scalar S: float (eager kernels), double (reference), Sym (records a ScalarProgram for the JIT)
+// and Dual<S> (derivatives). Float and Sym share the same polynomial approximations, written once
+// over the primitives, so eager and compiled code give the same bits. Everything is always_inline:
+// GCC does not vectorize callers otherwise, and the copies compiled for several instruction sets
+// must not mix.
 #pragma once
 
 #include <cmath>
@@ -98,7 +99,8 @@ inline Sym Where(Sym m, Sym x, Sym y) {
   return m.recorder->Record({Primitive::kSelect, m.id, x.id, y.id, 0});
 }
 
-// ---------------------------------------------------------------- approximations over the primitives
+// ---------------------------------------------------------------- approximations over the
+// primitives
 
 // The polynomial c[0] x^(n-1) + ... + c[n-1] by Horner's rule.
 template <class S, class... C>
@@ -125,7 +127,8 @@ CALOTYPE_INLINE S ExponentialApprox(S x) {
   return Where(EqualTo(x, x), p, x);
 }
 
-// ln x within 2 ulp for x > 0 (denormals included); ln 0 = -inf, ln(negative) = NaN. Cephes (Moshier).
+// ln x within 2 ulp for x > 0 (denormals included); ln 0 = -inf, ln(negative) = NaN. Cephes
+// (Moshier).
 template <class S>
 CALOTYPE_INLINE S LogarithmApprox(S x) {
   S tiny = LessThan(x, Constant(x, 1.17549435e-38));
@@ -171,7 +174,9 @@ CALOTYPE_INLINE S HyperbolicTangentApprox(S x) {
   S a = Fabs(x);
   S z = x * x;
   S small = Polynomial(z, -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1,
-                       -3.33332819422e-1) * z * x + x;
+                       -3.33332819422e-1) *
+                z * x +
+            x;
   S large = Constant(x, 1) - Constant(x, 2) / (ExponentialApprox(a + a) + Constant(x, 1));
   large = Where(LessThan(x, Constant(x, 0)), -large, large);
   return Where(LessThan(a, Constant(x, 0.625)), small, large);
@@ -207,9 +212,7 @@ CALOTYPE_INLINE S ErrorFunctionApprox(S x) {
   CALOTYPE_INLINE S Cosine(S x) { return SineApprox(x, 1); }                      \
   CALOTYPE_INLINE S HyperbolicTangent(S x) { return HyperbolicTangentApprox(x); } \
   CALOTYPE_INLINE S ErrorFunction(S x) { return ErrorFunctionApprox(x); }         \
-  CALOTYPE_INLINE S Logistic(S x) {                                               \
-    return Constant(x, 1) / (Constant(x, 1) + Exponential(-x));                   \
-  }
+  CALOTYPE_INLINE S Logistic(S x) { return Constant(x, 1) / (Constant(x, 1) + Exponential(-x)); }
 CALOTYPE_APPROX(float)
 CALOTYPE_APPROX(Sym)
 #undef CALOTYPE_APPROX
@@ -235,42 +238,66 @@ inline double Logistic(double x) { return 1 / (1 + std::exp(-x)); }
 
 // ---------------------------------------------------------------- Dual: derivative rules
 
-// A derivative part is Zero, One or an S. Zero and One are types, so that what is structurally zero or
-// one costs nothing and cannot meet an infinity.
+// A derivative part is Zero, One or an S. Zero and One are types, so that what is structurally zero
+// or one costs nothing and cannot meet an infinity.
 struct Zero {};
 struct One {};
 
 CALOTYPE_INLINE Zero DerivativeTimes(auto, Zero) { return {}; }
 template <class S>
-CALOTYPE_INLINE S DerivativeTimes(S factor, One) { return factor; }
+CALOTYPE_INLINE S DerivativeTimes(S factor, One) {
+  return factor;
+}
 template <class S>
-CALOTYPE_INLINE S DerivativeTimes(S factor, S d) { return factor * d; }
+CALOTYPE_INLINE S DerivativeTimes(S factor, S d) {
+  return factor * d;
+}
 
 // The derivative part as an S; `like` says which recorder.
 template <class S>
-CALOTYPE_INLINE S AsScalar(S like, Zero) { return Constant(like, 0); }
+CALOTYPE_INLINE S AsScalar(S like, Zero) {
+  return Constant(like, 0);
+}
 template <class S>
-CALOTYPE_INLINE S AsScalar(S like, One) { return Constant(like, 1); }
+CALOTYPE_INLINE S AsScalar(S like, One) {
+  return Constant(like, 1);
+}
 template <class S>
-CALOTYPE_INLINE S AsScalar(S, S d) { return d; }
+CALOTYPE_INLINE S AsScalar(S, S d) {
+  return d;
+}
 
 template <class S>
-CALOTYPE_INLINE Zero DerivativeSum(S, Zero, Zero) { return {}; }
+CALOTYPE_INLINE Zero DerivativeSum(S, Zero, Zero) {
+  return {};
+}
 template <class S, class D>
-CALOTYPE_INLINE D DerivativeSum(S, Zero, D d) { return d; }
+CALOTYPE_INLINE D DerivativeSum(S, Zero, D d) {
+  return d;
+}
 template <class S, class D>
-CALOTYPE_INLINE D DerivativeSum(S, D d, Zero) { return d; }
+CALOTYPE_INLINE D DerivativeSum(S, D d, Zero) {
+  return d;
+}
 template <class S, class D, class E>
-CALOTYPE_INLINE S DerivativeSum(S like, D d, E e) { return AsScalar(like, d) + AsScalar(like, e); }
+CALOTYPE_INLINE S DerivativeSum(S like, D d, E e) {
+  return AsScalar(like, d) + AsScalar(like, e);
+}
 
 CALOTYPE_INLINE Zero DerivativeNeg(auto, Zero) { return {}; }
 template <class S, class D>
-CALOTYPE_INLINE S DerivativeNeg(S like, D d) { return -AsScalar(like, d); }
+CALOTYPE_INLINE S DerivativeNeg(S like, D d) {
+  return -AsScalar(like, d);
+}
 
 template <class S>
-CALOTYPE_INLINE Zero DerivativeWhere(S, Zero, Zero) { return {}; }
+CALOTYPE_INLINE Zero DerivativeWhere(S, Zero, Zero) {
+  return {};
+}
 template <class S, class D, class E>
-CALOTYPE_INLINE S DerivativeWhere(S m, D d, E e) { return Where(m, AsScalar(m, d), AsScalar(m, e)); }
+CALOTYPE_INLINE S DerivativeWhere(S m, D d, E e) {
+  return Where(m, AsScalar(m, d), AsScalar(m, e));
+}
 
 template <class S, class D>
 struct Dual {
@@ -278,10 +305,16 @@ struct Dual {
   D derivative;
 };
 template <class S, class D>
-CALOTYPE_INLINE Dual<S, D> MakeDual(S value, D derivative) { return {value, derivative}; }
+CALOTYPE_INLINE Dual<S, D> MakeDual(S value, D derivative) {
+  return {value, derivative};
+}
 
-#define CALOTYPE_X template <class S, class D> CALOTYPE_INLINE auto
-#define CALOTYPE_XY template <class S, class D, class E> CALOTYPE_INLINE auto
+#define CALOTYPE_X            \
+  template <class S, class D> \
+  CALOTYPE_INLINE auto
+#define CALOTYPE_XY                    \
+  template <class S, class D, class E> \
+  CALOTYPE_INLINE auto
 CALOTYPE_X Constant(Dual<S, D> x, double c) { return MakeDual(Constant(x.value, c), Zero{}); }
 CALOTYPE_XY operator+(Dual<S, D> x, Dual<S, E> y) {
   return MakeDual(x.value + y.value, DerivativeSum(x.value, x.derivative, y.derivative));
@@ -291,9 +324,8 @@ CALOTYPE_XY operator-(Dual<S, D> x, Dual<S, E> y) {
                   DerivativeSum(x.value, x.derivative, DerivativeNeg(x.value, y.derivative)));
 }
 CALOTYPE_XY operator*(Dual<S, D> x, Dual<S, E> y) {
-  return MakeDual(x.value * y.value,
-                  DerivativeSum(x.value, DerivativeTimes(y.value, x.derivative),
-                                DerivativeTimes(x.value, y.derivative)));
+  return MakeDual(x.value * y.value, DerivativeSum(x.value, DerivativeTimes(y.value, x.derivative),
+                                                   DerivativeTimes(x.value, y.derivative)));
 }
 CALOTYPE_XY operator/(Dual<S, D> x, Dual<S, E> y) {
   S q = x.value / y.value, r = Constant(x.value, 1) / y.value;
@@ -305,12 +337,12 @@ CALOTYPE_X operator-(Dual<S, D> x) {
 }
 // At a tie the gradient goes to the first argument.
 CALOTYPE_XY Max(Dual<S, D> x, Dual<S, E> y) {
-  return MakeDual(Max(x.value, y.value), DerivativeWhere(LessEqual(y.value, x.value), x.derivative,
-                                                         y.derivative));
+  return MakeDual(Max(x.value, y.value),
+                  DerivativeWhere(LessEqual(y.value, x.value), x.derivative, y.derivative));
 }
 CALOTYPE_XY Min(Dual<S, D> x, Dual<S, E> y) {
-  return MakeDual(Min(x.value, y.value), DerivativeWhere(LessEqual(x.value, y.value), x.derivative,
-                                                         y.derivative));
+  return MakeDual(Min(x.value, y.value),
+                  DerivativeWhere(LessEqual(x.value, y.value), x.derivative, y.derivative));
 }
 CALOTYPE_XY LessThan(Dual<S, D> x, Dual<S, E> y) {
   return MakeDual(LessThan(x.value, y.value), Zero{});
@@ -340,7 +372,8 @@ CALOTYPE_X Exponential(Dual<S, D> x) {
   return MakeDual(y, DerivativeTimes(y, x.derivative));
 }
 CALOTYPE_X Logarithm(Dual<S, D> x) {
-  return MakeDual(Logarithm(x.value), DerivativeTimes(Constant(x.value, 1) / x.value, x.derivative));
+  return MakeDual(Logarithm(x.value),
+                  DerivativeTimes(Constant(x.value, 1) / x.value, x.derivative));
 }
 CALOTYPE_X Sine(Dual<S, D> x) {
   return MakeDual(Sine(x.value), DerivativeTimes(Cosine(x.value), x.derivative));

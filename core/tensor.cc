@@ -21,10 +21,14 @@ void Convert(const From* from, To* to, int64_t n) {
 template <class F>
 void Dispatch(DType dtype, F f) {
   switch (dtype) {
-    case DType::kF32: return f(float{});
-    case DType::kF64: return f(double{});
-    case DType::kI32: return f(int32_t{});
-    case DType::kI64: return f(int64_t{});
+    case DType::kF32:
+      return f(float{});
+    case DType::kF64:
+      return f(double{});
+    case DType::kI32:
+      return f(int32_t{});
+    case DType::kI64:
+      return f(int64_t{});
   }
 }
 
@@ -32,17 +36,19 @@ void Dispatch(DType dtype, F f) {
 
 std::string_view DTypeName(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return "f32";
-    case DType::kF64: return "f64";
-    case DType::kI32: return "i32";
-    case DType::kI64: return "i64";
+    case DType::kF32:
+      return "f32";
+    case DType::kF64:
+      return "f64";
+    case DType::kI32:
+      return "i32";
+    case DType::kI64:
+      return "i64";
   }
   return "?";
 }
 
-int64_t DTypeSize(DType dtype) {
-  return dtype == DType::kF32 || dtype == DType::kI32 ? 4 : 8;
-}
+int64_t DTypeSize(DType dtype) { return dtype == DType::kF32 || dtype == DType::kI32 ? 4 : 8; }
 
 std::string ToString(const TensorType& type) {
   return fmt::format("{}{}", DTypeName(type.dtype), type.shape);
@@ -55,8 +61,8 @@ void MemoryStats::ResetPeak() { peak_bytes = live_bytes.load(); }
 
 std::shared_ptr<void> AllocateStorage(int64_t bytes) {
   constexpr int64_t kAlign = 64;
-  int64_t rounded = CheckedMul(CheckedAdd(bytes, kAlign - 1, "allocation") / kAlign, kAlign,
-                               "allocation");
+  int64_t rounded =
+      CheckedMul(CheckedAdd(bytes, kAlign - 1, "allocation") / kAlign, kAlign, "allocation");
   if (rounded == 0) rounded = kAlign;
   void* data = std::aligned_alloc(kAlign, rounded);
   Check<OutOfMemoryError>(data != nullptr, "allocation of {} bytes failed", bytes);
@@ -142,7 +148,8 @@ double Tensor::Item() const {
   Check<ShapeError>(defined() && elements() == 1, "item: tensor {} does not have one element",
                     shape());
   double value = 0;
-  Dispatch(dtype(), [&](auto t) { value = static_cast<double>(*static_cast<const decltype(t)*>(data_)); });
+  Dispatch(dtype(),
+           [&](auto t) { value = static_cast<double>(*static_cast<const decltype(t)*>(data_)); });
   return value;
 }
 

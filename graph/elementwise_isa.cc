@@ -21,21 +21,29 @@ CALOTYPE_INLINE float ToFloat(float like, One) { return Constant(like, 1); }
 template <class F, int kArity, int kPart>
 CALOTYPE_INLINE float Apply(float x, float y, float z) {
   if constexpr (kArity == 1) {
-    if constexpr (kPart == 0) return F::Apply(x);
-    else return ToFloat(x, F::Apply(MakeDual(x, One{})).derivative);
+    if constexpr (kPart == 0)
+      return F::Apply(x);
+    else
+      return ToFloat(x, F::Apply(MakeDual(x, One{})).derivative);
   } else if constexpr (kArity == 2) {
-    if constexpr (kPart == 0) return F::Apply(x, y);
+    if constexpr (kPart == 0)
+      return F::Apply(x, y);
     else if constexpr (kPart == 1)
       return ToFloat(x, F::Apply(MakeDual(x, One{}), MakeDual(y, Zero{})).derivative);
-    else return ToFloat(x, F::Apply(MakeDual(x, Zero{}), MakeDual(y, One{})).derivative);
-  } else {
-    if constexpr (kPart == 0) return F::Apply(x, y, z);
-    else if constexpr (kPart == 1)
-      return ToFloat(x, F::Apply(MakeDual(x, One{}), MakeDual(y, Zero{}), MakeDual(z, Zero{})).derivative);
-    else if constexpr (kPart == 2)
-      return ToFloat(x, F::Apply(MakeDual(x, Zero{}), MakeDual(y, One{}), MakeDual(z, Zero{})).derivative);
     else
-      return ToFloat(x, F::Apply(MakeDual(x, Zero{}), MakeDual(y, Zero{}), MakeDual(z, One{})).derivative);
+      return ToFloat(x, F::Apply(MakeDual(x, Zero{}), MakeDual(y, One{})).derivative);
+  } else {
+    if constexpr (kPart == 0)
+      return F::Apply(x, y, z);
+    else if constexpr (kPart == 1)
+      return ToFloat(
+          x, F::Apply(MakeDual(x, One{}), MakeDual(y, Zero{}), MakeDual(z, Zero{})).derivative);
+    else if constexpr (kPart == 2)
+      return ToFloat(
+          x, F::Apply(MakeDual(x, Zero{}), MakeDual(y, One{}), MakeDual(z, Zero{})).derivative);
+    else
+      return ToFloat(
+          x, F::Apply(MakeDual(x, Zero{}), MakeDual(y, Zero{}), MakeDual(z, One{})).derivative);
   }
 }
 
@@ -58,21 +66,33 @@ void Kernel(int64_t n, const float* x, const float* y, const float* z, int scala
   } else if constexpr (kArity == 2) {
     z = x;
     switch (scalars & 3) {
-      case 0: return Loop<F, 2, kPart, 0>(n, x, y, z, out);
-      case 1: return Loop<F, 2, kPart, 1>(n, x, y, z, out);
-      case 2: return Loop<F, 2, kPart, 2>(n, x, y, z, out);
-      default: return Loop<F, 2, kPart, 3>(n, x, y, z, out);
+      case 0:
+        return Loop<F, 2, kPart, 0>(n, x, y, z, out);
+      case 1:
+        return Loop<F, 2, kPart, 1>(n, x, y, z, out);
+      case 2:
+        return Loop<F, 2, kPart, 2>(n, x, y, z, out);
+      default:
+        return Loop<F, 2, kPart, 3>(n, x, y, z, out);
     }
   } else {
     switch (scalars & 7) {
-      case 0: return Loop<F, 3, kPart, 0>(n, x, y, z, out);
-      case 1: return Loop<F, 3, kPart, 1>(n, x, y, z, out);
-      case 2: return Loop<F, 3, kPart, 2>(n, x, y, z, out);
-      case 3: return Loop<F, 3, kPart, 3>(n, x, y, z, out);
-      case 4: return Loop<F, 3, kPart, 4>(n, x, y, z, out);
-      case 5: return Loop<F, 3, kPart, 5>(n, x, y, z, out);
-      case 6: return Loop<F, 3, kPart, 6>(n, x, y, z, out);
-      default: return Loop<F, 3, kPart, 7>(n, x, y, z, out);
+      case 0:
+        return Loop<F, 3, kPart, 0>(n, x, y, z, out);
+      case 1:
+        return Loop<F, 3, kPart, 1>(n, x, y, z, out);
+      case 2:
+        return Loop<F, 3, kPart, 2>(n, x, y, z, out);
+      case 3:
+        return Loop<F, 3, kPart, 3>(n, x, y, z, out);
+      case 4:
+        return Loop<F, 3, kPart, 4>(n, x, y, z, out);
+      case 5:
+        return Loop<F, 3, kPart, 5>(n, x, y, z, out);
+      case 6:
+        return Loop<F, 3, kPart, 6>(n, x, y, z, out);
+      default:
+        return Loop<F, 3, kPart, 7>(n, x, y, z, out);
     }
   }
 }
@@ -81,9 +101,8 @@ void Kernel(int64_t n, const float* x, const float* y, const float* z, int scala
 
 extern const ElementwiseKernel kElementwiseKernels[][4] = {
 #define OP1(Name, ...) {Kernel<Name##Formula, 1, 0>, Kernel<Name##Formula, 1, 1>, nullptr, nullptr},
-#define OP2(Name, ...)                                                                    \
-  {Kernel<Name##Formula, 2, 0>, Kernel<Name##Formula, 2, 1>, Kernel<Name##Formula, 2, 2>, \
-   nullptr},
+#define OP2(Name, ...) \
+  {Kernel<Name##Formula, 2, 0>, Kernel<Name##Formula, 2, 1>, Kernel<Name##Formula, 2, 2>, nullptr},
 #define OP3(Name, ...)                                                                    \
   {Kernel<Name##Formula, 3, 0>, Kernel<Name##Formula, 3, 1>, Kernel<Name##Formula, 3, 2>, \
    Kernel<Name##Formula, 3, 3>},

@@ -3,15 +3,20 @@
 //
 // Semantics
 // - Data is IEEE binary32, indices are int32/int64. Every node is a pure function of its inputs.
-// - Elementwise and view nodes: each result is the correctly ordered sequence of IEEE operations that
-//   the op's formula writes (ops.def, core/scalar.h), no reassociation, no fused multiply-add. Eager
-//   and compiled code give the same bits on every machine.
-// - Reductions and contractions (Sum, MatMul, Conv2d, norms, Softmax, Attention) may reassociate and
+// - Elementwise and view nodes: each result is the correctly ordered sequence of IEEE operations
+// that
+//   the op's formula writes (ops.def, core/scalar.h), no reassociation, no fused multiply-add.
+//   Eager and compiled code give the same bits on every machine.
+// - Reductions and contractions (Sum, MatMul, Conv2d, norms, Softmax, Attention) may reassociate
+// and
 //   fuse multiply-add; their error obeys the usual bound u * (2 sqrt(K) + 2) * sum |a||b|.
-// - Maximum(x, y) and Minimum(x, y) return NaN if either is NaN, and y for (+0, -0) pairs. Comparisons
-//   give 1.0 or 0.0, and 0.0 if either side is NaN. Select(m, a, b) is a where m != 0 (NaN counts as
+// - Maximum(x, y) and Minimum(x, y) return NaN if either is NaN, and y for (+0, -0) pairs.
+// Comparisons
+//   give 1.0 or 0.0, and 0.0 if either side is NaN. Select(m, a, b) is a where m != 0 (NaN counts
+//   as
 //   != 0), and never lets the untaken branch into the result.
-// - Whatever can differ between two calls (time, noise, context, learning rate, parameters, seeds) is
+// - Whatever can differ between two calls (time, noise, context, learning rate, parameters, seeds)
+// is
 //   an Input or a Parameter leaf, never a constant.
 #pragma once
 
@@ -85,7 +90,9 @@ class ComputationGraph {
 
   // Leaves. Inputs are ordered by declaration; their names are unique.
   Value Input(std::string name, const TensorType& type);
-  Value Input(std::string name, const Shape& shape) { return Input(std::move(name), {DType::kF32, shape}); }
+  Value Input(std::string name, const Shape& shape) {
+    return Input(std::move(name), {DType::kF32, shape});
+  }
   Value ParameterLeaf(const ParameterPtr& parameter);  // the same leaf for the same parameter
   Value Constant(const Tensor& value);                 // scalars are shared by value
   Value Constant(float value) { return Constant(Tensor::Scalar(value)); }
@@ -106,13 +113,16 @@ class ComputationGraph {
   const std::vector<ComputationNode>& nodes() const { return nodes_; }
   const ComputationNode& node(int32_t index) const { return nodes_[index]; }
   const TensorType& type(ValueId id) const { return nodes_[id.node].types[id.output]; }
-  const std::vector<int32_t>& inputs() const { return inputs_; }  // node numbers of the Input leaves
+  const std::vector<int32_t>& inputs() const {
+    return inputs_;
+  }  // node numbers of the Input leaves
   const std::vector<GraphOutput>& outputs() const { return outputs_; }
   const std::vector<GraphUpdate>& updates() const { return updates_; }
   // Parameters read by the graph, in order of their first use.
   std::vector<ParameterPtr> Parameters() const;
 
-  // Labels nodes emitted during its life with a path ("unet.down_blocks.0"), for messages and dumps.
+  // Labels nodes emitted during its life with a path ("unet.down_blocks.0"), for messages and
+  // dumps.
   class Label {
    public:
     Label(ComputationGraph& graph, std::string_view part);
@@ -141,10 +151,10 @@ class ComputationGraph {
   std::unordered_multimap<uint64_t, int32_t> by_hash_;
 };
 
-// Copies the nodes that `graph`'s outputs and updates need into a new graph. `rewrite` is called for
-// each operation node (not leaves) with its inputs already mapped into the new graph and returns its
-// replacement outputs, or an empty vector to copy the node as it is. Dead code vanishes. Every Input
-// is kept, also an unused one. This is how passes are written.
+// Copies the nodes that `graph`'s outputs and updates need into a new graph. `rewrite` is called
+// for each operation node (not leaves) with its inputs already mapped into the new graph and
+// returns its replacement outputs, or an empty vector to copy the node as it is. Dead code
+// vanishes. Every Input is kept, also an unused one. This is how passes are written.
 using Rewrite = std::vector<Value> (*)(ComputationGraph& target, const ComputationNode& node,
                                        std::span<const Value> inputs);
 ComputationGraph Rebuild(const ComputationGraph& graph, Rewrite rewrite);

@@ -1,5 +1,5 @@
-// Eager execution: interprets a graph node by node with the eager kernels, frees each value after its
-// last use. The float64 reference interprets the same graph with plain double loops.
+// Eager execution: interprets a graph node by node with the eager kernels, frees each value after
+// its last use. The float64 reference interprets the same graph with plain double loops.
 #pragma once
 
 #include <memory>
@@ -27,7 +27,8 @@ class Interpreter {
 
  private:
   const ComputationGraph& graph_;
-  std::vector<std::vector<ValueId>> free_after_;  // per node
+  std::vector<std::vector<ValueId>> free_after_;  // values whose last reader is this node
+  std::vector<bool> needed_;                      // nodes that an output or update depends on
 };
 
 }  // namespace calotype

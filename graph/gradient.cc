@@ -1,0 +1,87 @@
+// Reverse-mode differentiation: walks the nodes backwards and emits each op's gradient rule.
+#include <memory>
+
+#include "core/error.h"
+#include "graph/functions.h"
+#include "graph/op.h"
+
+namespace calotype {
+
+std::vector<Value> Gradients(std::span<const Value> outputs, std::span<const Value> doutputs,
+                             std::span<const Value> wrt) {
+  Check<InternalError>(outputs.size() == doutputs.size(), "gradients: {} outputs, {} cotangents",
+                       outputs.size(), doutputs.size());
+  if (outputs.empty() || wrt.empty()) return {};
+  ComputationGraph& graph = *outputs[0].graph;
+  const size_t count = graph.nodes().size();
+
+  // Nodes on a path from a wrt to the outputs; others need no gradient.
+  std::vector<bool> depends(count, false);
+  for (const Value& value : wrt) depends[value.id.node] = true;
+  for (size_t i = 0; i < count; ++i) {
+    for (ValueId id : graph.node(static_cast<int32_t>(i)).inputs) {
+      if (depends[id.node]) depends[i] = true;
+    }
+  }
+
+  std::vector<std::vector<Value>> cotangents(count);
+  auto accumulate = [&](ValueId id, Value value) {
+    auto& slots = cotangents[id.node];
+    if (slots.empty()) slots.resize(graph.node(id.node).types.size());
+    Value& slot = slots[id.output];
+    slot = slot.defined() ? Add(slot, value) : value;
+  };
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    Value dy = doutputs[i];
+    if (!dy.defined()) {
+      Check<ShapeError>(outputs[i].shape().elements() == 1,
+                        "gradients: output of shape {} needs a cotangent", outputs[i].shape());
+      dy = Broadcast(graph.Constant(1.0f), outputs[i].shape());
+    }
+    Check<ShapeError>(dy.shape() == outputs[i].shape(), "gradients: cotangent {} for output {}",
+                      dy.shape(), outputs[i].shape());
+    if (depends[outputs[i].id.node]) accumulate(outputs[i].id, dy);
+  }
+
+  for (size_t i = count; i-- > 0;) {
+    if (!depends[i] || cotangents[i].empty()) continue;
+    const ComputationNode node = graph.node(static_cast<int32_t>(i));  // the vector may grow
+    if (node.op->kind == OpKind::kLeaf) continue;
+    bool any = false;
+    const size_t arity = node.inputs.size();
+    auto needs = std::make_unique<bool[]>(arity);
+    for (size_t k = 0; k < arity; ++k) any |= needs[k] = depends[node.inputs[k].node];
+    if (!any) continue;
+    const std::string label = graph.label_of(static_cast<int32_t>(i));
+    Check<UnsupportedError>(node.op->gradient != nullptr,
+                            "gradients: op {} at \"{}\" has no gradient", node.op->name, label);
+    std::vector<Value> inputs, results;
+    for (ValueId id : node.inputs) inputs.push_back({&graph, id});
+    for (size_t o = 0; o < node.types.size(); ++o) {
+      results.push_back({&graph, {static_cast<int32_t>(i), static_cast<int32_t>(o)}});
+    }
+    graph.SetLabel(label);
+    std::vector<Value> dinputs = node.op->gradient(
+        {graph, node, inputs, results, cotangents[i], std::span<const bool>(needs.get(), arity)});
+    Check<InternalError>(dinputs.size() == arity, "gradients: {} gave {} gradients for {} inputs",
+                         node.op->name, dinputs.size(), arity);
+    for (size_t k = 0; k < arity; ++k) {
+      if (!needs[k] || !dinputs[k].defined()) continue;
+      Check<InternalError>(dinputs[k].shape() == inputs[k].shape(),
+                           "gradients: {} gave {} for input {} of shape {}", node.op->name,
+                           dinputs[k].shape(), k, inputs[k].shape());
+      accumulate(node.inputs[k], dinputs[k]);
+    }
+  }
+  graph.SetLabel("");
+
+  std::vector<Value> result;
+  for (const Value& value : wrt) {
+    auto& slots = cotangents[value.id.node];
+    Value dx = slots.empty() ? Value{} : slots[value.id.output];
+    result.push_back(dx.defined() ? dx : Broadcast(graph.Constant(0.0f), value.shape()));
+  }
+  return result;
+}
+
+}  // namespace calotype
