@@ -3,7 +3,7 @@
 // header gives dtype, shape and byte range of each tensor.
 //
 // The reader trusts nothing. It refuses: a header longer than 100,000,000 bytes or than the file;
-// JSON that is not exactly the format's (unknown fields, duplicate names or keys, numbers that are
+// JSON that is not exactly the format's (duplicate names or keys, numbers that are
 // not plain unsigned integers, control characters, byte order mark); names with NUL or longer than
 // 65,535 bytes; ranks above 8 and sizes that overflow (zeros count as ones there); byte ranges that
 // do not fit shape and dtype or do not tile the data exactly, without hole, overlap or trailing

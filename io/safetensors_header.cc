@@ -23,15 +23,21 @@ class HeaderHandler : public nlohmann::json_sax<nlohmann::json> {
 
   TensorFileHeader Take() && { return std::move(header_); }
 
-  bool null() override { return Unexpected("null"); }
-  bool boolean(bool) override { return Unexpected("a boolean"); }
-  bool number_integer(number_integer_t) override { return Unexpected("a negative number"); }
+  bool null() override {
+    // The reference takes "__metadata__": null for no metadata.
+    return Skipped() || (state_ == State::kRoot && key_ == "__metadata__") || Unexpected("null");
+  }
+  bool boolean(bool) override { return Skipped() || Unexpected("a boolean"); }
+  bool number_integer(number_integer_t) override {
+    return Skipped() || Unexpected("a negative number");
+  }
   bool number_float(number_float_t, const string_t& text) override {
-    return Unexpected(fmt::format("the number {}", Quoted(text)));
+    return Skipped() || Unexpected(fmt::format("the number {}", Quoted(text)));
   }
   bool binary(binary_t&) override { return Unexpected("binary data"); }
 
   bool number_unsigned(number_unsigned_t value) override {
+    if (Skipped()) return true;
     if (state_ == State::kShape) {
       Check<FileError>(dims_->size() < Shape::kMaxRank, "{}: tensor {}: rank above {}", file_,
                        Quoted(key_), Shape::kMaxRank);
@@ -50,6 +56,7 @@ class HeaderHandler : public nlohmann::json_sax<nlohmann::json> {
   }
 
   bool string(string_t& value) override {
+    if (Skipped()) return true;
     if (state_ == State::kMetadata) {
       header_.metadata[key_] = value;
     } else if (state_ == State::kTensor && field_ == "dtype") {
@@ -61,6 +68,7 @@ class HeaderHandler : public nlohmann::json_sax<nlohmann::json> {
   }
 
   bool start_object(std::size_t) override {
+    if (Skipped()) return Deeper();
     if (state_ == State::kStart) {
       state_ = State::kRoot;
     } else if (state_ == State::kRoot) {
@@ -74,6 +82,7 @@ class HeaderHandler : public nlohmann::json_sax<nlohmann::json> {
   }
 
   bool key(string_t& name) override {
+    if (skip_depth_ > 0) return true;
     if (state_ == State::kRoot) {
       key_ = name;
       Check<FileError>(names_.insert(name).second, "{}: duplicate name {}", file_, Quoted(name));
@@ -87,22 +96,22 @@ class HeaderHandler : public nlohmann::json_sax<nlohmann::json> {
                        Quoted(name));
     } else {
       field_ = name;
-      bool known = name == "dtype" || name == "shape" || name == "data_offsets";
-      Check<FileError>(known, "{}: tensor {}: unknown field {}", file_, Quoted(key_), Quoted(name));
-      bool seen = name == "dtype" ? dtype_.has_value()
-                                  : (name == "shape" ? dims_.has_value() : offsets_.has_value());
+      bool seen = (name == "dtype" && dtype_) || (name == "shape" && dims_) ||
+                  (name == "data_offsets" && offsets_);
       Check<FileError>(!seen, "{}: tensor {}: duplicate field {}", file_, Quoted(key_), name);
     }
     return true;
   }
 
   bool end_object() override {
+    if (skip_depth_ > 0) return Shallower();
     if (state_ == State::kTensor) FinishTensor();
     state_ = state_ == State::kRoot ? State::kEnd : State::kRoot;
     return true;
   }
 
   bool start_array(std::size_t) override {
+    if (Skipped()) return Deeper();
     if (state_ == State::kTensor && field_ == "shape") {
       state_ = State::kShape;
       dims_.emplace();
@@ -116,19 +125,40 @@ class HeaderHandler : public nlohmann::json_sax<nlohmann::json> {
   }
 
   bool end_array() override {
+    if (skip_depth_ > 0) return Shallower();
     state_ = State::kTensor;
     return true;
   }
 
   bool parse_error(std::size_t position, const std::string&,
                    const nlohmann::detail::exception& error) override {
-    Fail<FileError>("{}: header is not valid JSON at byte {}: {}", file_, position + 8,
-                    Quoted(error.what()));
+    std::string_view text = error.what();
+    size_t start = text.find("syntax error");
+    if (start != std::string_view::npos) text.remove_prefix(start);
+    Fail<FileError>("{}: header is not valid JSON at byte {}: {}", file_, position + 7,
+                    Quoted(text));
   }
 
  private:
   // What the next value belongs to.
   enum class State { kStart, kRoot, kMetadata, kTensor, kShape, kOffsets, kEnd };
+
+  // True if the value belongs to a field of a tensor that the format does not have (yet); those are
+  // ignored, as the reference does, down to a limited depth.
+  bool Skipped() const {
+    return skip_depth_ > 0 || (state_ == State::kTensor && field_ != "dtype" && field_ != "shape" &&
+                               field_ != "data_offsets");
+  }
+  bool Deeper() {
+    constexpr int kMaxDepth = 32;
+    Check<FileError>(++skip_depth_ <= kMaxDepth, "{}: tensor {}: nesting deeper than {}", file_,
+                     Quoted(key_), kMaxDepth);
+    return true;
+  }
+  bool Shallower() {
+    --skip_depth_;
+    return true;
+  }
 
   [[noreturn]] bool Unexpected(const std::string& what) const {
     const char* where = state_ == State::kStart      ? "as the header (an object is expected)"
@@ -176,6 +206,7 @@ class HeaderHandler : public nlohmann::json_sax<nlohmann::json> {
   State state_ = State::kStart;
   std::set<std::string> names_;
   std::string key_, field_;
+  int skip_depth_ = 0;
   std::optional<std::string> dtype_;
   std::optional<std::vector<int64_t>> dims_;
   std::optional<std::vector<uint64_t>> offsets_;
