@@ -2,50 +2,22 @@
 // include-arrow checker that guards the folders.
 #include <gtest/gtest.h>
 
-#include <array>
-#include <cstdio>
-#include <cstdlib>
 #include <filesystem>
-#include <fstream>
 #include <string>
+
+#include "tests/run_program.h"
 
 namespace {
 
 namespace fs = std::filesystem;
+using Folder = calotype::testing::TemporaryFolder;
 
 const fs::path kSource = CALOTYPE_SOURCE_DIR;
 const fs::path kBuild = fs::path(CALOTYPE_BIN_DIR).parent_path();
 
-// A fresh folder that is removed at the end of its life.
-class Folder {
- public:
-  Folder() {
-    std::string name = (fs::temp_directory_path() / "calotype-install-XXXXXX").string();
-    path = mkdtemp(name.data());
-  }
-  ~Folder() { fs::remove_all(path); }
-  Folder(const Folder&) = delete;
-  void Write(const fs::path& name, const std::string& text) const {
-    fs::create_directories((path / name).parent_path());
-    std::ofstream(path / name) << text;
-  }
-  fs::path path;
-};
-
-struct Result {
-  int status;
-  std::string text;
-};
-
-Result Run(const std::string& command) {
-  Result result{-1, ""};
-  FILE* pipe = popen((command + " 2>&1").c_str(), "r");
-  if (!pipe) return result;
-  std::array<char, 4096> buffer;
-  for (size_t n; (n = fread(buffer.data(), 1, buffer.size(), pipe)) > 0;)
-    result.text.append(buffer.data(), n);
-  result.status = WEXITSTATUS(pclose(pipe));
-  return result;
+// Runs a shell command; `out` holds its errors too.
+calotype::testing::ProgramResult Shell(const std::string& command) {
+  return calotype::testing::RunProgram({"/bin/sh", "-c", command + " 2>&1"});
 }
 
 // Builds the consumer against the installed tree and returns what it prints.
@@ -58,23 +30,23 @@ std::string BuildAndRun(const fs::path& prefix, const std::string& find, const s
                      ")\n");
   consumer.Write("main.cc", code);
   std::string folder = consumer.path.string();
-  Result configured =
-      Run("cmake -S " + folder + " -B " + folder + "/build -G Ninja -DCMAKE_BUILD_TYPE=Release" +
-          " \"-DCMAKE_PREFIX_PATH=" + prefix.string() + ";" + (kSource / ".deps/onednn").string() +
-          "\"");
-  EXPECT_EQ(configured.status, 0) << configured.text;
-  Result built = Run("cmake --build " + folder + "/build");
-  EXPECT_EQ(built.status, 0) << built.text;
-  Result ran = Run(folder + "/build/consumer");
-  EXPECT_EQ(ran.status, 0) << ran.text;
-  return ran.text;
+  auto configured =
+      Shell("cmake -S " + folder + " -B " + folder + "/build -G Ninja -DCMAKE_BUILD_TYPE=Release" +
+            " \"-DCMAKE_PREFIX_PATH=" + prefix.string() + ";" +
+            (kSource / ".deps/onednn").string() + "\"");
+  EXPECT_EQ(configured.code, 0) << configured.out;
+  auto built = Shell("cmake --build " + folder + "/build");
+  EXPECT_EQ(built.code, 0) << built.out;
+  auto ran = Shell(folder + "/build/consumer");
+  EXPECT_EQ(ran.code, 0) << ran.out;
+  return ran.out;
 }
 
 TEST(InstallTest, ConsumersOfTheInstalledTreeBuildAndRun) {
   Folder prefix;
-  Result installed =
-      Run("cmake --install " + kBuild.string() + " --prefix " + prefix.path.string());
-  ASSERT_EQ(installed.status, 0) << installed.text;
+  auto installed =
+      Shell("cmake --install " + kBuild.string() + " --prefix " + prefix.path.string());
+  ASSERT_EQ(installed.code, 0) << installed.out;
   EXPECT_EQ(
       BuildAndRun(prefix.path, "find_package(calotype CONFIG REQUIRED)", "calotype::graph", R"(
 #include <cstdio>
@@ -105,14 +77,14 @@ int main() {
 }
 )"),
               "14\n");
-    Result version = Run((prefix.path / "bin/calotype").string() + " --version");
-    EXPECT_EQ(version.status, 0) << version.text;
+    auto version = Shell((prefix.path / "bin/calotype").string() + " --version");
+    EXPECT_EQ(version.code, 0) << version.out;
   }
 }
 
 TEST(IncludeArrowsTest, HoldInThisTree) {
-  Result result = Run("python3 " + (kSource / "tools/check_includes.py").string());
-  EXPECT_EQ(result.status, 0) << result.text;
+  auto result = Shell("python3 " + (kSource / "tools/check_includes.py").string());
+  EXPECT_EQ(result.code, 0) << result.out;
 }
 
 TEST(IncludeArrowsTest, EachBreachIsNamed) {
@@ -131,15 +103,15 @@ TEST(IncludeArrowsTest, EachBreachIsNamed) {
       "#include \"core/tensor.h\"\n#include \"graph/graph.h\"\n#include <llvm/IR/Module.h>\n");
   tree.Write("layers/layer.h", "#include \"tensor.h\"\n#include <boost/any.hpp>\n");
   tree.Write("tests/a_test.cc", "#include <llvm/IR/Module.h>\n#include \"jit/compile.h\"\n");
-  Result result =
-      Run("python3 " + (kSource / "tools/check_includes.py").string() + " " + tree.path.string());
-  EXPECT_EQ(result.status, 1) << result.text;
+  auto result =
+      Shell("python3 " + (kSource / "tools/check_includes.py").string() + " " + tree.path.string());
+  EXPECT_EQ(result.code, 1) << result.out;
   for (const char* breach :
        {"core/tensor.h:3:", "graph/graph.h:2:", "graph/graph.h:3:", "jit/compile.h:3:",
         "jit/runtime/run.h:2:", "jit/runtime/run.h:3:", "layers/layer.h:1:", "layers/layer.h:2:"}) {
-    EXPECT_NE(result.text.find(breach), std::string::npos) << breach << "\n" << result.text;
+    EXPECT_NE(result.out.find(breach), std::string::npos) << breach << "\n" << result.out;
   }
-  EXPECT_NE(result.text.find("8 breaches"), std::string::npos) << result.text;
+  EXPECT_NE(result.out.find("8 breaches"), std::string::npos) << result.out;
 }
 
 }  // namespace
