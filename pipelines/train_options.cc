@@ -1,0 +1,84 @@
+#include "pipelines/train_options.h"
+
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "core/error.h"
+
+namespace calotype {
+namespace {
+
+using nlohmann::ordered_json;
+
+void OneOf(std::string_view field, const std::string& value,
+           std::initializer_list<const char*> allowed) {
+  std::string list;
+  for (const char* a : allowed) {
+    if (value == a) return;
+    list += std::string(list.empty() ? "" : ", ") + a;
+  }
+  Fail("training: {} is `{}`, must be one of {}", field, value, list);
+}
+
+}  // namespace
+
+void Validate(const TrainOptions& o) {
+  OneOf("prediction_type", o.prediction_type, {"epsilon", "v_prediction", "sample"});
+  OneOf("beta_schedule", o.beta_schedule, {"linear", "scaled_linear", "squaredcos_cap_v2"});
+  OneOf("optimizer", o.optimizer, {"adamw", "adam", "sgd"});
+  OneOf("lr_scheduler", o.lr_scheduler, {"constant", "linear", "cosine"});
+  OneOf("backend", o.backend, {"eager", "jit"});
+  auto in_range = [](const char* field, double value, double low, double high) {
+    Check(value >= low && value <= high, "training: {} is {}, must be in [{}, {}]", field, value,
+          low, high);
+  };
+  in_range("resolution", static_cast<double>(o.resolution), 0, 4096);
+  in_range("caption_tokens", static_cast<double>(o.caption_tokens), 1, 1024);
+  in_range("caption_layers", static_cast<double>(o.caption_layers), 0, 64);
+  in_range("num_train_timesteps", static_cast<double>(o.num_train_timesteps), 1, 1e6);
+  in_range("train_batch_size", static_cast<double>(o.train_batch_size), 1, 65536);
+  in_range("max_train_steps", static_cast<double>(o.max_train_steps), 1, 1e9);
+  in_range("learning_rate", o.learning_rate, 0, 1000);
+  in_range("lr_warmup_steps", static_cast<double>(o.lr_warmup_steps), 0, 1e9);
+  in_range("adam_beta1", o.adam_beta1, 0, 1);
+  in_range("adam_beta2", o.adam_beta2, 0, 1);
+  in_range("adam_epsilon", o.adam_epsilon, 0, 1);
+  in_range("weight_decay", o.weight_decay, 0, 1000);
+  in_range("momentum", o.momentum, 0, 1);
+  in_range("max_grad_norm", o.max_grad_norm, 0, 1e30);
+  in_range("ema_decay", o.ema_decay, 0, 1);
+  in_range("caption_dropout", o.caption_dropout, 0, 1);
+  in_range("validation_fraction", o.validation_fraction, 0, 0.9);
+  in_range("checkpointing_steps", static_cast<double>(o.checkpointing_steps), 0, 1e9);
+  in_range("checkpoints_total_limit", static_cast<double>(o.checkpoints_total_limit), 0, 1e6);
+  in_range("validation_steps", static_cast<double>(o.validation_steps), 0, 1e9);
+  in_range("sample_steps", static_cast<double>(o.sample_steps), 0, 1e9);
+}
+
+std::string ToJson(const TrainOptions& options) {
+  ordered_json document;
+  TrainOptions::Visit(options, [&](const char* name, const auto& field, const char*, bool) {
+    document[name] = field;
+  });
+  return document.dump(2) + "\n";
+}
+
+TrainOptions ParseTrainOptions(std::string_view text, const std::filesystem::path& path) {
+  TrainOptions options;
+  try {
+    ordered_json document = ordered_json::parse(text);
+    std::set<std::string> known;
+    TrainOptions::Visit(options, [&](const char* name, auto& field, const char*, bool) {
+      known.insert(name);
+      document.at(name).get_to(field);
+    });
+    for (const auto& [name, value] : document.items()) {
+      Check<FileError>(known.count(name) == 1, "{}: unknown field `{}`", path.string(), name);
+    }
+  } catch (const nlohmann::json::exception& e) {
+    Fail<FileError>("{}: not a training options file: {}", path.string(), e.what());
+  }
+  return options;
+}
+
+}  // namespace calotype
