@@ -3,6 +3,9 @@
 //   void kernel(void* const* pointers, int64_t begin, int64_t end)
 // and computes chunks [begin, end) of Chunks(spec); `pointers` holds the base addresses that the
 // operands name. Chunks depend on the spec alone, so results do not depend on the thread count.
+//
+// An output may lie in the memory of an input only element for element (the same addresses at the
+// same indices of a LoopSpec or of an epilogue); outputs otherwise overlap nothing.
 #pragma once
 
 #include <cstdint>
@@ -27,9 +30,9 @@ struct Operand {
   bool operator==(const Operand&) const = default;
 };
 
-// Elementwise work on a tile in registers before it is stored. Program input 0 is the anchor's result,
-// input 1 + i is operands[i]; result r is stored to outputs[r]. Strides are over the anchor's output
-// space. An identity is a program whose result is input 0.
+// Elementwise work on a tile in registers before it is stored. Program input 0 is the anchor's
+// result, input 1 + i is operands[i]; result r is stored to outputs[r]. Strides are over the
+// anchor's output space. An identity is a program whose result is input 0.
 struct Epilogue {
   ScalarProgram program;
   std::vector<Operand> operands;
@@ -71,8 +74,8 @@ struct ContractionSpec {
 };
 
 // out[b, h, i, :] = sum_j P[i, j] v[b, h, j, :], P = softmax_j(scale q_i . k_j + mask). Strides:
-// q, out: b, h, i, d; k, v: b, h, j, d; mask: b, h, i, j (0 broadcasts); lse: b, h, i. Dropout is not
-// compiled here.
+// q, out: b, h, i, d; k, v: b, h, j, d; mask: b, h, i, j (0 broadcasts); lse: b, h, i. Dropout is
+// not compiled here.
 struct AttentionSpec {
   int64_t batch = 1, heads = 1, queries = 1, keys = 1, head_dim = 1, value_dim = 1;
   double scale = 1;
@@ -82,7 +85,8 @@ struct AttentionSpec {
 };
 
 // The gradients of AttentionSpec from dout, with probabilities recomputed from lse. dq, dk, dv and
-// (has_dmask) the gradient of the unreduced scores are written; out and dout give D = sum(out dout).
+// (has_dmask) the gradient of the unreduced scores are written; out and dout give D = sum(out
+// dout).
 struct AttentionGradientSpec {
   AttentionSpec forward;
   Operand dout, dq, dk, dv;
@@ -120,5 +124,9 @@ using KernelSpec = std::variant<LoopSpec, ReduceSpec, ContractionSpec, Attention
 
 // A canonical text of the whole spec: the key of the compile cache, and what dumps print.
 std::string ToString(const KernelSpec& spec);
+
+// How many chunks the kernel has, by an estimate of its work: 1 for a small one, 0 for one without
+// results. The kernel may be called with any ranges that cover [0, Chunks(spec)) once.
+int64_t Chunks(const KernelSpec& spec);
 
 }  // namespace calotype::jit

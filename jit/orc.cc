@@ -1,0 +1,216 @@
+#include "jit/orc.h"
+
+#include <llvm/Analysis/CGSCCPassManager.h>
+#include <llvm/Analysis/LoopAnalysisManager.h>
+#include <llvm/ExecutionEngine/JITLink/JITLinkMemoryManager.h>
+#include <llvm/ExecutionEngine/Orc/LLJIT.h>
+#include <llvm/ExecutionEngine/Orc/ObjectLinkingLayer.h>
+#include <llvm/IR/LegacyPassManager.h>
+#include <llvm/IR/Verifier.h>
+#include <llvm/Passes/PassBuilder.h>
+#include <llvm/Support/SmallVectorMemoryBuffer.h>
+#include <llvm/Support/raw_ostream.h>
+#include <llvm/Transforms/InstCombine/InstCombine.h>
+#include <llvm/Transforms/Scalar/DCE.h>
+#include <llvm/Transforms/Scalar/EarlyCSE.h>
+#include <llvm/Transforms/Scalar/LICM.h>
+#include <llvm/Transforms/Scalar/LoopPassManager.h>
+#include <llvm/Transforms/Scalar/SROA.h>
+#include <llvm/Transforms/Scalar/SimplifyCFG.h>
+#include <llvm/Transforms/Utils/Cloning.h>
+
+#include <cstdlib>
+#include <exception>
+#include <filesystem>
+#include <fstream>
+#include <unordered_map>
+
+#include "core/error.h"
+#include "core/parallel.h"
+#include "jit/emit.h"
+
+namespace calotype::jit {
+
+namespace orc = llvm::orc;
+
+struct CompiledKernels::Impl {
+  std::unique_ptr<orc::LLJIT> jit;
+};
+
+CompiledKernels::CompiledKernels() = default;
+CompiledKernels::~CompiledKernels() = default;
+CompiledKernels::CompiledKernels(CompiledKernels&&) noexcept = default;
+CompiledKernels& CompiledKernels::operator=(CompiledKernels&&) noexcept = default;
+
+namespace {
+
+void CheckSuccess(llvm::Error error, const char* step) {
+  if (error) Fail<InternalError>("LLVM failed to {}: {}", step, llvm::toString(std::move(error)));
+}
+
+template <class T>
+T CheckSuccess(llvm::Expected<T> result, const char* step) {
+  if (!result) CheckSuccess(result.takeError(), step);
+  return std::move(*result);
+}
+
+// The emitters write what the machine is to do; these passes only tidy up. The loop and SLP
+// vectorizers stay out: they undo register tiles, and recognising loops as memset would add calls.
+void Optimize(llvm::Module& module, llvm::TargetMachine& machine) {
+  llvm::LoopAnalysisManager loops;
+  llvm::FunctionAnalysisManager functions;
+  llvm::CGSCCAnalysisManager components;
+  llvm::ModuleAnalysisManager modules;
+  llvm::PassBuilder builder(&machine);
+  builder.registerModuleAnalyses(modules);
+  builder.registerCGSCCAnalyses(components);
+  builder.registerFunctionAnalyses(functions);
+  builder.registerLoopAnalyses(loops);
+  builder.crossRegisterProxies(loops, functions, components, modules);
+  llvm::FunctionPassManager passes;
+  passes.addPass(llvm::SROAPass(llvm::SROAOptions::PreserveCFG));
+  passes.addPass(llvm::EarlyCSEPass());
+  passes.addPass(llvm::InstCombinePass());
+  passes.addPass(llvm::SimplifyCFGPass());
+  llvm::LoopPassManager loop_passes;
+  loop_passes.addPass(llvm::LICMPass(llvm::LICMOptions()));
+  passes.addPass(
+      llvm::createFunctionToLoopPassAdaptor(std::move(loop_passes), /*UseMemorySSA=*/true));
+  passes.addPass(llvm::EarlyCSEPass(/*UseMemorySSA=*/true));
+  passes.addPass(llvm::DCEPass());
+  for (llvm::Function& function : module) {
+    if (!function.isDeclaration()) passes.run(function, functions);
+  }
+}
+
+void WriteFile(const std::filesystem::path& path, llvm::StringRef text) {
+  std::ofstream file(path, std::ios::binary);
+  file.write(text.data(), static_cast<std::streamsize>(text.size()));
+  file.close();
+  Check<FileError>(file.good(), "CALOTYPE_DUMP: cannot write {}", path.string());
+}
+
+// The object file of one kernel, whose symbol is `symbol`.
+llvm::SmallVector<char, 0> Compile(const KernelSpec& spec, const std::string& symbol,
+                                   const Target& target, const std::string& dump_folder) {
+  llvm::LLVMContext context;
+  llvm::Module module(symbol, context);
+  std::unique_ptr<llvm::TargetMachine> machine = CreateTargetMachine(target);
+  module.setTargetTriple(target.triple);
+  module.setDataLayout(machine->createDataLayout());
+  EmitKernel(target, module, symbol, spec);
+  std::string problem;
+  llvm::raw_string_ostream problems(problem);
+  if (llvm::verifyModule(module, &problems)) {
+    Fail<InternalError>("the emitter wrote invalid code for {}: {}", ToString(spec),
+                        problems.str());
+  }
+  Optimize(module, *machine);
+
+  auto generate = [&](llvm::Module& source, llvm::CodeGenFileType type) {
+    llvm::SmallVector<char, 0> bytes;
+    llvm::raw_svector_ostream stream(bytes);
+    llvm::legacy::PassManager passes;
+    if (machine->addPassesToEmitFile(passes, stream, nullptr, type)) {
+      Fail<InternalError>("LLVM cannot emit code for {}", target.triple);
+    }
+    passes.run(source);
+    return bytes;
+  };
+  if (!dump_folder.empty()) {
+    std::filesystem::path base = std::filesystem::path(dump_folder) / symbol;
+    std::string text = "; " + ToString(spec) + "\n";
+    llvm::raw_string_ostream stream(text);
+    module.print(stream, nullptr);
+    WriteFile(base.string() + ".ll", stream.str());
+    llvm::SmallVector<char, 0> assembly =
+        generate(*llvm::CloneModule(module), llvm::CodeGenFileType::AssemblyFile);
+    WriteFile(base.string() + ".s", {assembly.data(), assembly.size()});
+  }
+  return generate(module, llvm::CodeGenFileType::ObjectFile);
+}
+
+std::unique_ptr<orc::LLJIT> CreateJit(const Target& target) {
+  orc::JITTargetMachineBuilder machine{llvm::Triple(target.triple)};
+  machine.setCPU(target.cpu);
+  return CheckSuccess(
+      orc::LLJITBuilder()
+          .setJITTargetMachineBuilder(std::move(machine))
+          .setLinkProcessSymbolsByDefault(false)
+          .setPlatformSetUp(orc::setUpInactivePlatform)
+          .setObjectLinkingLayerCreator([](orc::ExecutionSession& session, const llvm::Triple&)
+                                            -> llvm::Expected<std::unique_ptr<orc::ObjectLayer>> {
+            return std::make_unique<orc::ObjectLinkingLayer>(session);
+          })
+          .create(),
+      "start its linker");
+}
+
+std::string SymbolOf(const std::string& name, size_t number) {
+  std::string symbol;
+  for (char c : name.substr(0, 80)) {
+    bool plain = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9');
+    symbol += plain ? c : '_';
+  }
+  return fmt::format("calotype_{}_{}", symbol, number);
+}
+
+}  // namespace
+
+CompiledKernels CompileKernels(std::span<const NamedSpec> specs, const Target& target) {
+  CompiledKernels result;
+  if (specs.empty()) return result;
+  std::unordered_map<std::string, size_t> known;
+  std::vector<size_t> unique_of(specs.size()), first_use;
+  for (size_t i = 0; i < specs.size(); ++i) {
+    auto [found, added] = known.try_emplace(ToString(specs[i].spec), first_use.size());
+    unique_of[i] = found->second;
+    if (added) first_use.push_back(i);
+  }
+  size_t count = first_use.size();
+
+  const char* dump = std::getenv("CALOTYPE_DUMP");
+  std::string dump_folder = dump ? dump : "";
+  if (!dump_folder.empty()) {
+    std::error_code error;
+    std::filesystem::create_directories(dump_folder, error);
+    Check<FileError>(!error, "CALOTYPE_DUMP: cannot create {}: {}", dump_folder, error.message());
+  }
+
+  std::vector<llvm::SmallVector<char, 0>> objects(count);
+  std::vector<std::exception_ptr> errors(count);
+  std::vector<std::string> symbols(count);
+  for (size_t i = 0; i < count; ++i) symbols[i] = SymbolOf(specs[first_use[i]].name, i);
+  ParallelFor(static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      try {
+        objects[i] = Compile(specs[first_use[i]].spec, symbols[i], target, dump_folder);
+      } catch (...) {
+        errors[i] = std::current_exception();
+      }
+    }
+  });
+  for (const std::exception_ptr& error : errors) {
+    if (error) std::rethrow_exception(error);
+  }
+
+  result.impl_ = std::make_unique<CompiledKernels::Impl>();
+  result.impl_->jit = CreateJit(target);
+  orc::LLJIT& jit = *result.impl_->jit;
+  for (size_t i = 0; i < count; ++i) {
+    result.code_bytes_ += static_cast<int64_t>(objects[i].size());
+    CheckSuccess(jit.addObjectFile(std::make_unique<llvm::SmallVectorMemoryBuffer>(
+                     std::move(objects[i]), symbols[i], /*RequiresNullTerminator=*/false)),
+                 "add a kernel");
+  }
+  std::vector<KernelFunction> functions(count);
+  for (size_t i = 0; i < count; ++i) {
+    orc::ExecutorAddr address = CheckSuccess(jit.lookup(symbols[i]), "link a kernel");
+    functions[i] = address.toPtr<KernelFunction>();
+  }
+  for (size_t i = 0; i < specs.size(); ++i) result.functions_.push_back(functions[unique_of[i]]);
+  result.compiled_ = static_cast<int64_t>(count);
+  return result;
+}
+
+}  // namespace calotype::jit
