@@ -368,8 +368,9 @@ Value Reshape(Value x, const Shape& shape) {
 Value StopGradient(Value x) { return x.graph->EmitOne(kStopGradientOp, {x}); }
 
 Value Permute(Value x, std::vector<int64_t> axes) {
-  if (std::is_sorted(axes.begin(), axes.end()) && static_cast<int>(axes.size()) == x.rank())
-    return x;
+  Ints identity(x.rank());
+  std::iota(identity.begin(), identity.end(), 0);
+  if (axes == identity) return x;
   return x.graph->EmitOne(kPermuteOp, {x}, {{"axes", axes}});
 }
 

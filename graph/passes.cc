@@ -104,7 +104,6 @@ std::vector<Value> SimplifyNode(ComputationGraph& target, const ComputationNode&
       for (int64_t& axis : axes) axis = inner[axis];
       return {Permute(InputOf(x), axes)};
     }
-    if (std::is_sorted(axes.begin(), axes.end())) return {x};
     // Moving axes of size 1 does not move elements.
     std::vector<int64_t> real;
     for (int64_t axis : axes) {
