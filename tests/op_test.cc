@@ -1,5 +1,6 @@
 // Every op of the table: types, eager against float64, scalar programs against eager bits,
 // gradients against differences in float64, text round trip.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -180,6 +181,11 @@ TEST_P(OpTest, GradientMatchesDifferences) {
       const Tensor& dx = results[1 + i];
       ASSERT_EQ(dx.shape(), x.shape());
       if (x.elements() == 0) continue;
+      if (op().name == "StopGradient") {
+        EXPECT_THAT(dx.values<double>(), testing::Each(0.0));
+        ++checked;
+        continue;
+      }
       double largest = 0;
       for (double d : dx.values<double>()) largest = std::max(largest, std::abs(d));
       const int64_t picks = std::min<int64_t>(x.elements(), x.elements() > 2000 ? 3 : 8);
@@ -244,8 +250,8 @@ TEST(OpErrors, NameTheOpAndTheShapes) {
 
 TEST(OpErrors, GatherChecksIndices) {
   ComputationGraph graph;
-  graph.Output("y",
-               Gather(graph.Input("x", Shape{3, 2}), graph.Input("i", {DType::kI64, Shape{2}})));
+  Value data = graph.Input("x", Shape{3, 2});
+  graph.Output("y", Gather(data, graph.Input("i", {DType::kI64, Shape{2}})));
   Tensor x = Tensor::Zeros({3, 2});
   EXPECT_NO_THROW(
       Interpreter(graph).Run(std::vector<Tensor>{x, Tensor::From<int64_t>({2}, {0, 2})}));
