@@ -22,8 +22,8 @@ std::string Text(const Operand& operand) {
 
 std::string Text(const std::vector<Operand>& operands) {
   std::string text = "(";
-  for (size_t i = 0; i < operands.size(); ++i) text += (i ? " " : "") + Text(operands[i]);
-  return text + ")";
+  for (const Operand& operand : operands) text += fmt::format(" {}", Text(operand));
+  return text + " )";
 }
 
 std::string Text(const Epilogue& epilogue) {

@@ -1,0 +1,411 @@
+// Every emitter against naive loops on raw memory, for random specifications, at each
+// instruction-set level that the machine has. Sums run on small integers, so that they are exact
+// and results must have the same bits; elements that a kernel must not touch are compared too.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <deque>
+#include <random>
+
+#include "core/error.h"
+#include "core/parallel.h"
+#include "core/scalar.h"
+#include "jit/orc.h"
+#include "tests/kernel_reference.h"
+
+namespace calotype::jit {
+namespace {
+
+using reference::GuardedBuffer;
+using reference::Index;
+
+class Rng {
+ public:
+  explicit Rng(uint32_t seed) : engine_(seed) {}
+  int64_t Below(int64_t n) { return static_cast<int64_t>(engine_() % static_cast<uint64_t>(n)); }
+  int64_t Between(int64_t low, int64_t high) { return low + Below(high - low + 1); }
+  bool Chance(double p) { return std::uniform_real_distribution<>(0, 1)(engine_) < p; }
+  float Normal() { return static_cast<float>(std::normal_distribution<>()(engine_)); }
+  int64_t Pick(std::initializer_list<int64_t> values) {
+    return values.begin()[Below(static_cast<int64_t>(values.size()))];
+  }
+  std::mt19937& engine() { return engine_; }
+
+ private:
+  std::mt19937 engine_;
+};
+
+// What one pointer points to.
+struct BufferPlan {
+  DType dtype = DType::kF32;
+  int64_t elements = 0;
+  int64_t most_integer = 4;  // values are integers in [-most, most]; 0: normal numbers
+  int64_t least_integer = -4;
+};
+
+// A specification under test and the buffers that its operands name.
+struct Case {
+  KernelSpec spec;
+  std::deque<BufferPlan> buffers;
+};
+
+ScalarProgram Identity() {
+  ScalarProgram program{1, {{Primitive::kInput, 0}}, {0}};
+  return program;
+}
+
+template <class F>
+ScalarProgram Recorded(int inputs, F f) {
+  scalar::Recorder recorder;
+  std::vector<scalar::Sym> in;
+  for (int i = 0; i < inputs; ++i) in.push_back(recorder.Input(i));
+  scalar::Sym result = f(in);
+  return recorder.Finish(inputs, result);
+}
+
+// Random instructions over all primitives; those with a restricted domain get arguments inside it.
+ScalarProgram RandomProgram(Rng& rng, int inputs, int length, int results) {
+  using namespace scalar;
+  Recorder recorder;
+  std::vector<Sym> v;
+  for (int i = 0; i < inputs; ++i) v.push_back(recorder.Input(i));
+  if (v.empty()) v.push_back(recorder.Record({Primitive::kConstant, 0, 0, 0, 0.75f}));
+  auto any = [&] { return v[rng.Below(static_cast<int64_t>(v.size()))]; };
+  for (int i = 0; i < length; ++i) {
+    Sym x = any(), y = any(), z = any();
+    switch (rng.Below(20)) {
+      case 0:
+        v.push_back(Constant(x, rng.Normal()));
+        break;
+      case 1:
+        v.push_back(x + y);
+        break;
+      case 2:
+        v.push_back(x - y);
+        break;
+      case 3:
+        v.push_back(x * y);
+        break;
+      case 4:
+        v.push_back(x / y);
+        break;
+      case 5:
+        v.push_back(Max(x, y));
+        break;
+      case 6:
+        v.push_back(Min(x, y));
+        break;
+      case 7:
+        v.push_back(-x);
+        break;
+      case 8:
+        v.push_back(Fabs(x));
+        break;
+      case 9:
+        v.push_back(SquareRoot(x));
+        break;
+      case 10:
+        v.push_back(Floor(x));
+        break;
+      case 11:
+        v.push_back(Round(x));
+        break;
+      case 12:
+        v.push_back(LessThan(x, y));
+        break;
+      case 13:
+        v.push_back(LessEqual(x, y));
+        break;
+      case 14:
+        v.push_back(EqualTo(x, y));
+        break;
+      case 15:
+        v.push_back(Where(x, y, z));
+        break;
+      case 16:
+        v.push_back(Exponential(x));
+        break;
+      case 17:
+        v.push_back(Logarithm(x));
+        break;
+      case 18:
+        v.push_back(Sine(x));
+        break;
+      case 19:
+        v.push_back(ErrorFunction(x));
+        break;
+    }
+  }
+  ScalarProgram program = recorder.Finish(inputs, v.back());
+  for (int r = 1; r < results; ++r) {
+    program.results.push_back(
+        static_cast<int32_t>(rng.Below(static_cast<int64_t>(program.code.size()))));
+  }
+  return program;
+}
+
+// An operand over `extents` in memory of its own: dimensions in random order, gaps, an offset;
+// inputs may repeat along dimensions.
+Operand RandomOperand(Rng& rng, Case& test, const std::vector<int64_t>& extents, bool output,
+                      double shuffled = 0.4, double repeated = 0.25) {
+  Operand operand;
+  operand.pointer = static_cast<int>(test.buffers.size());
+  operand.offset = rng.Pick({0, 0, 3, 16});
+  std::vector<size_t> order(extents.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  if (rng.Chance(shuffled)) std::shuffle(order.begin(), order.end(), rng.engine());
+  operand.strides.assign(extents.size(), 0);
+  int64_t stride = rng.Chance(0.85) ? 1 : rng.Between(2, 3);
+  for (size_t i = order.size(); i-- > 0;) {
+    size_t d = order[i];
+    if (!output && rng.Chance(repeated)) continue;
+    operand.strides[d] = stride;
+    stride *= std::max<int64_t>(extents[d], 1);
+    if (rng.Chance(0.2)) stride += rng.Between(1, 5);
+  }
+  BufferPlan plan;
+  plan.elements = operand.offset + 1;
+  for (size_t d = 0; d < extents.size(); ++d) {
+    plan.elements += std::max<int64_t>(extents[d] - 1, 0) * operand.strides[d];
+  }
+  test.buffers.push_back(plan);
+  return operand;
+}
+
+std::vector<float> Special() {
+  float inf = std::numeric_limits<float>::infinity();
+  return {0.0f, -0.0f, inf,   -inf, std::nanf(""), 1e-40f, -1e-42f,   3e38f,
+          0.5f, 1.5f,  -2.5f, 1e9f, -88.5f,        127.0f, 8388609.0f};
+}
+
+void Fill(Rng& rng, const BufferPlan& plan, void* data) {
+  static const std::vector<float> special = Special();
+  for (int64_t i = 0; i < plan.elements; ++i) {
+    int64_t integer = rng.Between(plan.least_integer, plan.most_integer);
+    if (plan.dtype == DType::kI32) {
+      static_cast<int32_t*>(data)[i] = static_cast<int32_t>(integer);
+    } else if (plan.dtype == DType::kI64) {
+      static_cast<int64_t*>(data)[i] = integer;
+    } else if (plan.most_integer > 0) {
+      static_cast<float*>(data)[i] = static_cast<float>(integer);
+    } else {
+      float x = 3 * rng.Normal();
+      if (rng.Chance(0.1)) x = special[rng.Below(static_cast<int64_t>(special.size()))];
+      static_cast<float*>(data)[i] = x;
+    }
+  }
+}
+
+void CallInPieces(Rng& rng, KernelFunction function, void* const* pointers, int64_t chunks) {
+  if (rng.Chance(0.5)) return function(pointers, 0, chunks);
+  std::vector<int64_t> cuts = {0, chunks};
+  for (int i = 0; i < 5; ++i) cuts.push_back(rng.Between(0, chunks));
+  std::sort(cuts.begin(), cuts.end());
+  for (size_t i = cuts.size() - 1; i-- > 0;) function(pointers, cuts[i], cuts[i + 1]);
+}
+
+// Runs the kernel and the reference on equal memory and compares all of it, bit by bit; NaNs are
+// equal.
+template <class Spec>
+::testing::AssertionResult Agrees(Rng& rng, const Case& test, KernelFunction function) {
+  std::deque<GuardedBuffer> ours, theirs;
+  std::vector<void*> our_pointers, their_pointers;
+  for (const BufferPlan& plan : test.buffers) {
+    int64_t bytes = plan.elements * DTypeSize(plan.dtype);
+    our_pointers.push_back(ours.emplace_back(bytes).data());
+    their_pointers.push_back(theirs.emplace_back(bytes).data());
+    Fill(rng, plan, ours.back().data());
+    std::memcpy(theirs.back().data(), ours.back().data(), bytes);
+  }
+  CallInPieces(rng, function, our_pointers.data(), Chunks(test.spec));
+  reference::Run(std::get<Spec>(test.spec), their_pointers.data());
+  for (size_t i = 0; i < ours.size(); ++i) {
+    if (!ours[i].MarginIntact()) {
+      return ::testing::AssertionFailure()
+             << "wrote before buffer " << i << ": " << ToString(test.spec);
+    }
+    const auto* x = static_cast<const uint32_t*>(ours[i].data());
+    const auto* y = static_cast<const uint32_t*>(theirs[i].data());
+    for (int64_t j = 0; j < ours[i].bytes() / 4; ++j) {
+      float a = std::bit_cast<float>(x[j]), b = std::bit_cast<float>(y[j]);
+      if (x[j] == y[j] || (std::isnan(a) && std::isnan(b))) continue;
+      return ::testing::AssertionFailure() << "buffer " << i << " word " << j << ": " << a
+                                           << " instead of " << b << " in " << ToString(test.spec);
+    }
+  }
+  return ::testing::AssertionSuccess();
+}
+
+class KernelTest : public ::testing::TestWithParam<const char*> {
+ protected:
+  Target target() const { return MakeTarget(GetParam()); }
+
+  template <class Spec>
+  void Check(const std::vector<Case>& cases, uint32_t seed) {
+    std::vector<NamedSpec> specs;
+    for (const Case& test : cases) specs.push_back({test.spec, "test"});
+    CompiledKernels kernels = CompileKernels(specs, target());
+    Rng rng(seed);
+    for (size_t i = 0; i < cases.size(); ++i) {
+      ASSERT_TRUE(Agrees<Spec>(rng, cases[i], kernels.functions()[i])) << "case " << i;
+    }
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Levels, KernelTest, ::testing::Values("x86-64-v2", "x86-64-v3", "native"),
+                         [](const auto& info) {
+                           std::string name = info.param;
+                           std::replace(name.begin(), name.end(), '-', '_');
+                           return name;
+                         });
+
+// --- LoopSpec
+
+Case RandomLoop(Rng& rng, int64_t most) {
+  Case test;
+  LoopSpec s;
+  int rank = static_cast<int>(rng.Between(0, 4));
+  int64_t elements = 1;
+  for (int d = 0; d < rank; ++d) {
+    int64_t extent = rng.Pick({1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 40});
+    if (elements * extent > most) extent = 1;
+    if (rng.Chance(0.01)) extent = 0;
+    elements *= std::max<int64_t>(extent, 1);
+    s.extents.push_back(extent);
+  }
+  int inputs = static_cast<int>(rng.Between(0, 3)), outputs = static_cast<int>(rng.Between(1, 2));
+  for (int i = 0; i < inputs; ++i) {
+    s.inputs.push_back(RandomOperand(rng, test, s.extents, false));
+    test.buffers.back().most_integer = 0;
+    if (rng.Chance(0.15)) {
+      s.inputs.back().dtype = test.buffers.back().dtype =
+          rng.Chance(0.5) ? DType::kI32 : DType::kI64;
+      test.buffers.back().most_integer = 20'000'000;
+    }
+  }
+  for (int i = 0; i < outputs; ++i) {
+    // Sometimes in place.
+    if (i < inputs && s.inputs[i].dtype == DType::kF32 && rng.Chance(0.2) &&
+        !std::count(s.inputs[i].strides.begin(), s.inputs[i].strides.end(), 0)) {
+      s.outputs.push_back(s.inputs[i]);
+    } else {
+      s.outputs.push_back(RandomOperand(rng, test, s.extents, true));
+    }
+  }
+  s.program = RandomProgram(rng, inputs, static_cast<int>(rng.Pick({0, 1, 2, 3, 8})), outputs);
+  test.spec = s;
+  return test;
+}
+
+TEST_P(KernelTest, LoopsAgreeWithEvaluate) {
+  Rng rng(1);
+  std::vector<Case> cases;
+  for (int i = 0; i < 150; ++i) cases.push_back(RandomLoop(rng, 3000));
+  for (int i = 0; i < 10; ++i) cases.push_back(RandomLoop(rng, 400'000));
+  Check<LoopSpec>(cases, 2);
+}
+
+TEST_P(KernelTest, Transposes) {
+  Rng rng(3);
+  std::vector<Case> cases;
+  for (auto [b, c, p] : {std::array<int64_t, 3>{2, 32, 64},
+                         {1, 3, 256},
+                         {3, 17, 33},
+                         {1, 64, 4096},
+                         {64, 40, 16},
+                         {1, 320, 77}}) {
+    for (bool to_last : {false, true}) {
+      Case test;
+      LoopSpec s;
+      s.extents = to_last ? Index{b, p, c} : Index{b, c, p};
+      s.inputs = {{0, DType::kF32, 0, {c * p, 1, to_last ? p : c}}};
+      s.outputs = {{1, DType::kF32, 0, {c * p, to_last ? c : p, 1}}};
+      s.program = Identity();
+      test.buffers = {{DType::kF32, b * c * p, 0}, {DType::kF32, b * c * p, 0}};
+      test.spec = s;
+      cases.push_back(test);
+    }
+  }
+  Check<LoopSpec>(cases, 4);
+}
+
+TEST_P(KernelTest, IntegerCopiesKeepAllBits) {
+  LoopSpec s;
+  s.extents = {3, 5};
+  s.inputs = {{0, DType::kI64, 0, {1, 3}}};
+  s.outputs = {{1, DType::kI64, 0, {5, 1}}};
+  s.program = Identity();
+  CompiledKernels kernels = CompileKernels(std::vector<NamedSpec>{{s, "copy"}}, target());
+  std::vector<int64_t> x(15), y(15, 0);
+  for (int i = 0; i < 15; ++i) x[i] = (int64_t{1} << 60) + i;
+  void* pointers[] = {x.data(), y.data()};
+  kernels.functions()[0](pointers, 0, Chunks(KernelSpec(s)));
+  for (int i = 0; i < 3; ++i) {
+    for (int j = 0; j < 5; ++j) EXPECT_EQ(y[5 * i + j], x[i + 3 * j]);
+  }
+}
+
+// --- ReduceSpec
+
+Epilogue RandomEpilogue(Rng& rng, Case& test, const std::vector<int64_t>& extents) {
+  Epilogue e;
+  int operands = static_cast<int>(rng.Pick({0, 0, 1, 2}));
+  int outputs = static_cast<int>(rng.Pick({1, 1, 2}));
+  for (int i = 0; i < operands; ++i) {
+    e.operands.push_back(RandomOperand(rng, test, extents, false, 0.2, 0.4));
+  }
+  for (int i = 0; i < outputs; ++i) {
+    e.outputs.push_back(RandomOperand(rng, test, extents, true, 0.2));
+  }
+  e.program = RandomProgram(rng, 1 + operands, static_cast<int>(rng.Pick({0, 1, 2, 4})), outputs);
+  return e;
+}
+
+Case RandomReduce(Rng& rng, int64_t most) {
+  Case test;
+  ReduceSpec s;
+  s.kind = rng.Chance(0.7) ? ReduceSpec::kSum : ReduceSpec::kMax;
+  int64_t elements = 1;
+  auto extents = [&](int64_t rank) {
+    std::vector<int64_t> result;
+    for (int64_t d = 0; d < rank; ++d) {
+      int64_t extent = rng.Pick({1, 2, 3, 5, 8, 16, 17, 31, 33, 64, 100, 300});
+      if (elements * extent > most) extent = 1;
+      if (rng.Chance(0.01)) extent = 0;
+      elements *= std::max<int64_t>(extent, 1);
+      result.push_back(extent);
+    }
+    return result;
+  };
+  if (rng.Chance(0.5)) {
+    s.extents = extents(rng.Between(0, 3));
+    s.reduced = extents(rng.Between(1, 3));
+  } else {
+    s.reduced = extents(rng.Between(1, 3));
+    s.extents = extents(rng.Between(0, 3));
+  }
+  int inputs = static_cast<int>(rng.Between(1, 2));
+  for (int i = 0; i < inputs; ++i) {
+    s.inputs.push_back(RandomOperand(rng, test, reference::Join(s.extents, s.reduced), false));
+  }
+  // Exact on integers: a sum, a product or a maximum of the inputs.
+  s.program = inputs == 1 ? Identity() : Recorded(2, [&](auto& in) {
+    return rng.Chance(0.5) ? in[0] * in[1] : Max(in[0], in[1]);
+  });
+  s.epilogue = RandomEpilogue(rng, test, s.extents);
+  test.spec = s;
+  return test;
+}
+
+TEST_P(KernelTest, ReductionsAreExactOnIntegers) {
+  Rng rng(5);
+  std::vector<Case> cases;
+  for (int i = 0; i < 120; ++i) cases.push_back(RandomReduce(rng, 5000));
+  for (int i = 0; i < 10; ++i) cases.push_back(RandomReduce(rng, 300'000));
+  Check<ReduceSpec>(cases, 6);
+}
+
+}  // namespace
+}  // namespace calotype::jit
