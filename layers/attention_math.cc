@@ -1,0 +1,51 @@
+#include "layers/attention_math.h"
+
+namespace calotype {
+
+namespace {
+
+// [B, T, H*D] -> [B, H, T, D]
+Value SplitHeads(Value x, int64_t heads) {
+  return Permute(Reshape(x, {x.dim(0), x.dim(1), heads, x.dim(2) / heads}), {0, 2, 1, 3});
+}
+
+}  // namespace
+
+ExplicitAttentionResult ExplicitAttention(Value q, Value k, Value v, int64_t heads, double scale,
+                                          Value mask, const ExplicitAttentionOptions& options) {
+  int64_t tokens = q.dim(1), keys = k.dim(1);
+  Value scores = MatMul(SplitHeads(q, heads), SplitHeads(k, heads), false, true);
+  if (scale != 1) scores = scores * static_cast<float>(scale);
+  if (mask.defined()) scores = scores + mask;
+  if (options.causal) {
+    std::vector<float> row(tokens), column(keys);
+    for (int64_t i = 0; i < tokens; ++i) row[i] = static_cast<float>(i);
+    for (int64_t j = 0; j < keys; ++j) column[j] = static_cast<float>(j);
+    ComputationGraph& graph = *q.graph;
+    Value visible = LessOrEqual(graph.Constant(Tensor::From({1, keys}, column)),
+                                graph.Constant(Tensor::From({tokens, 1}, row)));
+    // exp(-1e30 - max) is exactly 0, as it would be for -inf.
+    scores = Select(visible, scores, graph.Constant(-1e30f));
+  }
+  Value weights = Softmax(scores, -1);
+  Value used = weights;
+  if (options.dropout > 0) {
+    Check(options.seed.defined(), "attention: a dropout of {} needs a seed", options.dropout);
+    auto drop = static_cast<float>(options.dropout);
+    Value keep = LessOrEqual(q.graph->Constant(drop),
+                             PhiloxUniform(options.seed, weights.shape(), /*stream=*/0));
+    used = weights * keep * (1 / (1 - drop));
+  }
+  Value out = Permute(MatMul(used, SplitHeads(v, heads)), {0, 2, 1, 3});
+  return {Reshape(out, {q.dim(0), tokens, v.dim(2)}), weights};
+}
+
+Value PictureToTokens(Value x) {
+  return Permute(Reshape(x, {x.dim(0), x.dim(1), x.dim(2) * x.dim(3)}), {0, 2, 1});
+}
+
+Value TokensToPicture(Value tokens, int64_t height, int64_t width) {
+  return Reshape(Permute(tokens, {0, 2, 1}), {tokens.dim(0), tokens.dim(2), height, width});
+}
+
+}  // namespace calotype

@@ -1,0 +1,26 @@
+// Attention with explicit scores, for processors and layers that need the weights themselves.
+#pragma once
+
+#include "graph/functions.h"
+
+namespace calotype {
+
+struct ExplicitAttentionResult {
+  Value out;      // [B, L, H*Dv]
+  Value weights;  // [B, H, L, S]: softmax(scale q k^T + mask), before dropout
+};
+struct ExplicitAttentionOptions {
+  bool causal = false;  // query i sees keys j <= i
+  double dropout = 0;   // drops weights with the mask that the fused Attention op draws
+  Value seed = {};      // i64[1], needed for a dropout
+};
+// The same function as the fused Attention op in plain ops; stores the L x S weights. q [B, L, H*D],
+// k, v [B or 1, S, H*D]; mask broadcasts to [B, H, L, S].
+ExplicitAttentionResult ExplicitAttention(Value q, Value k, Value v, int64_t heads, double scale,
+                                          Value mask, const ExplicitAttentionOptions& options = {});
+
+// Pictures as tokens and back: [B, C, H, W] <-> [B, H*W, C].
+Value PictureToTokens(Value x);
+Value TokensToPicture(Value tokens, int64_t height, int64_t width);
+
+}  // namespace calotype
