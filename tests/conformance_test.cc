@@ -1,0 +1,472 @@
+// Golden fixtures: outputs and gradients of diffusers and PyTorch against eager and compiled code.
+// The cases are discovered in the folder CALOTYPE_FIXTURES (default: tests/fixtures; format and
+// tolerances: its README.md); one test for each case and back end. A kind, processor or scheduler
+// type that is not supported is skipped by name; a malformed case fails.
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "diffusion/noise_schedule.h"
+#include "diffusion/scheduler.h"
+#include "graph/functions.h"
+#include "io/file.h"
+#include "io/safetensors.h"
+#include "layers/attention.h"
+#include "layers/feed_forward.h"
+#include "layers/resample.h"
+#include "layers/resnet.h"
+#include "layers/timesteps.h"
+#include "layers/transformer.h"
+#include "pipelines/executable.h"
+
+namespace calotype {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+using Tensors = std::map<std::string, Tensor>;
+
+// What a case of an unsupported kind, processor or scheduler type ends with.
+struct Unsupported {
+  std::string name;
+};
+
+struct Tolerance {
+  double output, gradient, gradient_floor;
+};
+constexpr Tolerance kLayerTolerance{2e-6, 3e-5, 1e-6}, kModelTolerance{8e-6, 3e-4, 1e-6};
+constexpr double kSchedulerTolerance = 1e-4, kLossTolerance = 1e-5, kMovementTolerance = 1e-2;
+
+// --- Cases.
+
+fs::path FixtureFolder() {
+  const char* folder = std::getenv("CALOTYPE_FIXTURES");
+  return folder && *folder ? fs::path(folder) : fs::path(CALOTYPE_TEST_DATA) / "fixtures";
+}
+
+// Folders with a case.json, at any depth; loose files are ignored.
+std::vector<fs::path> DiscoverCases() {
+  std::vector<fs::path> cases;
+  std::error_code error;
+  for (fs::recursive_directory_iterator i(FixtureFolder(), error), end; !error && i != end;
+       i.increment(error)) {
+    if (i->is_regular_file() && i->path().filename() == "case.json")
+      cases.push_back(i->path().parent_path());
+  }
+  std::sort(cases.begin(), cases.end());
+  return cases;
+}
+
+struct Case {
+  explicit Case(const fs::path& folder) : folder(folder) {
+    document = json::parse(ReadFile(folder / "case.json"));
+    kind = document.at("kind");
+    config = document.value("config", json::object());
+    if (fs::exists(folder / "tensors.safetensors"))
+      tensors = ReadSafetensors(folder / "tensors.safetensors").tensors;
+  }
+  // The tensors whose names start with `prefix`, under the rest of their names.
+  Tensors With(const std::string& prefix) const {
+    Tensors found;
+    for (const auto& [name, tensor] : tensors) {
+      if (name.rfind(prefix, 0) == 0) found[name.substr(prefix.size())] = tensor;
+    }
+    return found;
+  }
+  const Tensor& At(const std::string& name) const {
+    auto found = tensors.find(name);
+    if (found == tensors.end()) throw std::runtime_error("the case has no tensor " + name);
+    return found->second;
+  }
+
+  fs::path folder;
+  json document, config;
+  std::string kind;
+  Tensors tensors;
+};
+
+// --- Comparison.
+
+double Largest(const Tensor& tensor) {
+  Tensor wide = tensor.To(DType::kF64);
+  double largest = 0;
+  for (double v : wide.values<double>()) largest = std::max(largest, std::abs(v));
+  return largest;
+}
+
+double LargestDifference(const Tensor& actual, const Tensor& expected) {
+  Tensor a = actual.To(DType::kF64), b = expected.To(DType::kF64);
+  double largest = 0;
+  for (int64_t i = 0; i < a.elements(); ++i) {
+    double difference = std::abs(a.data<double>()[i] - b.data<double>()[i]);
+    if (!(difference <= largest)) largest = difference;  // a NaN stays
+    if (std::isnan(difference)) return difference;
+  }
+  return largest;
+}
+
+// Worst error of a case in units of its bound; printed by the test.
+struct Worst {
+  void Compare(const std::string& what, const Tensor& actual, const Tensor& expected,
+               double bound) {
+    ASSERT_EQ(actual.shape(), expected.shape()) << what;
+    double error = LargestDifference(actual, expected);
+    EXPECT_LE(error, bound) << what;
+    Note(what, error, bound);
+  }
+  void Note(const std::string& what, double error, double bound) {
+    double share = bound > 0 ? error / bound : error > 0 ? HUGE_VAL : 0;
+    ++compared;
+    if (!(share <= worst)) worst = share, name = what, worst_error = error;
+  }
+  int compared = 0;
+  double worst = -1, worst_error = 0;
+  std::string name;
+};
+
+// --- Layers and models: outputs and the vector-Jacobian product with the cotangents.
+
+// `order`: the case's names of the layer's inputs, in order; one that the case does not have is
+// absent.
+void CheckLayer(const Case& c, Backend backend, Layer& layer, const Tensors& parameters,
+                const std::vector<std::string>& order, const Tolerance& tolerance, Worst& worst) {
+  layer.SetTrainingMode(false);
+  if (!parameters.empty() || layer.ParameterCount() > 0) layer.LoadParameters(parameters);
+  Tensors given = c.With("input."), expected = c.With("output."), cotangents = c.With("cotangent."),
+          gradients = c.With("grad.");
+  for (const auto& [name, tensor] : given) {
+    ASSERT_TRUE(std::count(order.begin(), order.end(), name))
+        << "input." << name << " is no input of a " << c.kind;
+  }
+  ASSERT_FALSE(expected.empty()) << "the case has no output";
+
+  ComputationGraph graph;
+  std::vector<Tensor> inputs;
+  std::vector<Value> values, wrt;
+  std::vector<std::string> wrt_names;
+  for (const std::string& name : order) {
+    auto found = given.find(name);
+    if (found == given.end()) {
+      values.push_back({});
+      continue;
+    }
+    inputs.push_back(found->second);
+    values.push_back(graph.Input(name, found->second.type()));
+    if (found->second.dtype() == DType::kF32)
+      wrt.push_back(values.back()), wrt_names.push_back("input." + name);
+  }
+  std::vector<Value> outputs = layer.ExportComputationGraph(graph, values);
+  ASSERT_TRUE(expected.size() == 1 && expected.count("out"))
+      << "only the output `out` is supported";
+  outputs.resize(1);
+  graph.Output("out", outputs[0]);
+
+  if (!cotangents.empty()) {
+    std::vector<Value> douts{graph.Input("cotangent.out", cotangents.at("out").type())};
+    inputs.push_back(cotangents.at("out"));
+    for (const ParameterPtr& parameter : layer.NamedParameters()) {
+      wrt.push_back(graph.ParameterLeaf(parameter));
+      wrt_names.push_back("param." + parameter->name());
+    }
+    std::vector<Value> results = Gradients(outputs, douts, wrt);
+    for (size_t i = 0; i < wrt.size(); ++i) graph.Output("grad." + wrt_names[i], results[i]);
+  }
+
+  std::vector<Tensor> results = Executable(std::move(graph), backend).Run(inputs);
+  worst.Compare("output.out", results[0], expected.at("out"),
+                tolerance.output * Largest(expected.at("out")));
+  if (cotangents.empty()) {
+    ASSERT_TRUE(gradients.empty()) << "gradients without a cotangent";
+    return;
+  }
+  double largest = 0;
+  for (const auto& [name, tensor] : gradients) largest = std::max(largest, Largest(tensor));
+  for (size_t i = 0; i < wrt.size(); ++i) {
+    auto found = gradients.find(wrt_names[i]);
+    if (found == gradients.end()) {
+      // Masks and the like have no expected gradient; every parameter has.
+      EXPECT_NE(wrt_names[i].rfind("param.", 0), 0u) << "the case has no grad." << wrt_names[i];
+      continue;
+    }
+    worst.Compare("grad." + wrt_names[i], results[1 + i], found->second,
+                  tolerance.gradient * Largest(found->second) + tolerance.gradient_floor * largest);
+    gradients.erase(found);
+  }
+  for (const auto& [name, tensor] : gradients)
+    ADD_FAILURE() << "grad." << name << " belongs to nothing";
+}
+
+// Reads the fields of a config into options; a field that nothing has asked for fails the case.
+class Fields {
+ public:
+  explicit Fields(const json& config) : config_(config) {}
+  template <class T>
+  Fields& operator()(const char* name, T& option) {
+    known_.insert(name);
+    if (config_.contains(name) && !config_[name].is_null()) config_[name].get_to(option);
+    return *this;
+  }
+  ~Fields() {
+    for (const auto& [name, value] : config_.items()) {
+      EXPECT_TRUE(known_.count(name)) << "config field `" << name << "` is not supported";
+    }
+  }
+
+ private:
+  const json& config_;
+  std::set<std::string> known_;
+};
+
+void RunAttention(const Case& c, Backend backend, Worst& worst) {
+  std::string processor = c.config.at("processor").at("type");
+  auto names = nn::AttentionProcessorNames();
+  if (!std::count(names.begin(), names.end(), processor))
+    throw Unsupported{"processor " + processor};
+  ASSERT_EQ(c.config.at("processor").size(), 1u) << "fields of the processor are not supported";
+  nn::Attention::Options o;
+  Fields(c.config.at("attention"))("query_dim", o.query_dim)(
+      "cross_attention_dim", o.cross_attention_dim)("heads", o.heads)("dim_head", o.dim_head)(
+      "bias", o.bias)("upcast_attention", o.upcast_attention)("upcast_softmax", o.upcast_softmax)(
+      "cross_attention_norm", o.cross_attention_norm)(
+      "cross_attention_norm_num_groups", o.cross_attention_norm_num_groups)("qk_norm", o.qk_norm)(
+      "norm_num_groups", o.norm_num_groups)("out_bias", o.out_bias)("scale_qk", o.scale_qk)(
+      "eps", o.eps)("rescale_output_factor", o.rescale_output_factor)(
+      "residual_connection", o.residual_connection)("out_dim", o.out_dim);
+  o.processor = processor;
+  nn::Attention layer(o);
+  CheckLayer(c, backend, layer, c.With("param."),
+             {"hidden_states", "encoder_hidden_states", "attention_mask"}, kLayerTolerance, worst);
+}
+
+void RunResnet(const Case& c, Backend backend, Worst& worst) {
+  nn::ResnetBlock2D::Options o;
+  Fields(c.config)("in_channels", o.in_channels)("out_channels", o.out_channels)(
+      "temb_channels", o.temb_channels)("groups", o.groups)("groups_out", o.groups_out)(
+      "eps", o.eps)("non_linearity", o.non_linearity)("skip_time_act", o.skip_time_act)(
+      "time_embedding_norm", o.time_embedding_norm)("output_scale_factor", o.output_scale_factor)(
+      "up", o.up)("down", o.down)("conv_shortcut_bias", o.conv_shortcut_bias)(
+      "conv_2d_out_channels", o.conv_2d_out_channels);
+  if (c.config.contains("temb_channels") && c.config["temb_channels"].is_null())
+    o.temb_channels = 0;
+  nn::ResnetBlock2D layer(o);
+  CheckLayer(c, backend, layer, c.With("param."), {"input_tensor", "temb"}, kLayerTolerance, worst);
+}
+
+void RunDownsample(const Case& c, Backend backend, Worst& worst) {
+  nn::Downsample2D::Options o;
+  Fields(c.config)("channels", o.channels)("use_conv", o.use_conv)("out_channels", o.out_channels)(
+      "padding", o.padding)("name", o.name)("kernel_size", o.kernel_size)("bias", o.bias);
+  nn::Downsample2D layer(o);
+  CheckLayer(c, backend, layer, c.With("param."), {"hidden_states"}, kLayerTolerance, worst);
+}
+
+void RunUpsample(const Case& c, Backend backend, Worst& worst) {
+  nn::Upsample2D::Options o;
+  Fields(c.config)("channels", o.channels)("use_conv", o.use_conv)("out_channels", o.out_channels)(
+      "name", o.name)("kernel_size", o.kernel_size)("padding", o.padding)("bias", o.bias);
+  nn::Upsample2D layer(o);
+  CheckLayer(c, backend, layer, c.With("param."), {"hidden_states"}, kLayerTolerance, worst);
+}
+
+void RunTransformer(const Case& c, Backend backend, Worst& worst) {
+  nn::Transformer2DModel::Options o;
+  Fields(c.config)("num_attention_heads", o.num_attention_heads)(
+      "attention_head_dim", o.attention_head_dim)("in_channels", o.in_channels)(
+      "out_channels", o.out_channels)("num_layers", o.num_layers)(
+      "norm_num_groups", o.norm_num_groups)("cross_attention_dim", o.cross_attention_dim)(
+      "attention_bias", o.attention_bias)("activation_fn", o.activation_fn)(
+      "use_linear_projection", o.use_linear_projection)("only_cross_attention",
+                                                        o.only_cross_attention)(
+      "double_self_attention", o.double_self_attention)("upcast_attention", o.upcast_attention);
+  nn::Transformer2DModel layer(o);
+  CheckLayer(c, backend, layer, c.With("param."),
+             {"hidden_states", "encoder_hidden_states", "attention_mask", "encoder_attention_mask"},
+             kLayerTolerance, worst);
+}
+
+void RunTransformerBlock(const Case& c, Backend backend, Worst& worst) {
+  nn::BasicTransformerBlock::Options o;
+  Fields(c.config)("dim", o.dim)("num_attention_heads", o.num_attention_heads)(
+      "attention_head_dim", o.attention_head_dim)("cross_attention_dim", o.cross_attention_dim)(
+      "activation_fn", o.activation_fn)("attention_bias", o.attention_bias)("only_cross_attention",
+                                                                            o.only_cross_attention)(
+      "double_self_attention", o.double_self_attention)("norm_eps", o.norm_eps);
+  nn::BasicTransformerBlock layer(o);
+  CheckLayer(c, backend, layer, c.With("param."),
+             {"hidden_states", "encoder_hidden_states", "attention_mask", "encoder_attention_mask"},
+             kLayerTolerance, worst);
+}
+
+void RunFeedForward(const Case& c, Backend backend, Worst& worst) {
+  nn::FeedForward::Options o;
+  Fields(c.config)("dim", o.dim)("dim_out", o.dim_out)("mult", o.mult)(
+      "activation_fn", o.activation_fn)("inner_dim", o.inner_dim)("bias", o.bias);
+  nn::FeedForward layer(o);
+  CheckLayer(c, backend, layer, c.With("param."), {"hidden_states"}, kLayerTolerance, worst);
+}
+
+void RunTimesteps(const Case& c, Backend backend, Worst& worst) {
+  nn::Timesteps::Options o;
+  Fields(c.config)("num_channels", o.num_channels)("flip_sin_to_cos", o.flip_sin_to_cos)(
+      "downscale_freq_shift", o.downscale_freq_shift)("scale", o.scale);
+  nn::Timesteps layer(o);
+  CheckLayer(c, backend, layer, {}, {"timesteps"}, kLayerTolerance, worst);
+}
+
+void RunTimestepEmbedding(const Case& c, Backend backend, Worst& worst) {
+  nn::TimestepEmbedding::Options o;
+  Fields(c.config)("in_channels", o.in_channels)("time_embed_dim", o.time_embed_dim)(
+      "act_fn", o.act_fn)("out_dim", o.out_dim);
+  nn::TimestepEmbedding layer(o);
+  CheckLayer(c, backend, layer, c.With("param."), {"sample"}, kLayerTolerance, worst);
+}
+
+// --- Schedulers.
+
+SchedulerConfig SchedulerOf(const Case& c, const std::string& type) {
+  json document = c.config;
+  document["_class_name"] = type;
+  document.erase("type");
+  return ParseSchedulerConfig(document.dump());
+}
+
+// The deterministic run with the stand-in model of the notes, which the back end computes.
+void RunScheduler(const Case& c, Backend backend, Worst& worst) {
+  std::string type = c.config.at("type");
+  if (type != "DDIMScheduler" && type != "DDPMScheduler") throw Unsupported{"scheduler " + type};
+  auto scheduler = MakeScheduler(SchedulerOf(c, type));
+  int64_t steps = c.document.at("steps");
+  scheduler->SetTimesteps(steps);
+  std::vector<double> timesteps(scheduler->timesteps().begin(), scheduler->timesteps().end());
+  worst.Compare("output.timesteps", Tensor::From({steps}, timesteps), c.At("output.timesteps"), 0);
+  auto alphas = scheduler->noise_schedule().alphas_cumprod();
+  worst.Compare("output.alphas_cumprod",
+                Tensor::From({static_cast<int64_t>(alphas.size())}, alphas),
+                c.At("output.alphas_cumprod"), kSchedulerTolerance);
+
+  Tensor x = c.At("output.initial");
+  const Tensor& weight = c.At("input.model_weight");
+  ComputationGraph graph;
+  {
+    Value w = graph.Input("model_weight", weight.type()), sample = graph.Input("sample", x.type());
+    Value offset = graph.Input("offset", Shape{});
+    Value pixels = Reshape(sample, Shape{x.shape()[0], x.shape()[1], x.shape()[2] * x.shape()[3]});
+    graph.Output("out", 0.9f * Tanh(Reshape(MatMul(w, pixels), x.shape())) + offset);
+  }
+  Executable model(std::move(graph), backend);
+  for (int64_t i = 0; i < steps; ++i) {
+    int64_t t = scheduler->timesteps()[static_cast<size_t>(i)];
+    std::vector<Tensor> inputs{
+        weight, x, Tensor::Scalar(static_cast<float>(0.001 * static_cast<double>(t) / 1000))};
+    Tensor model_output = model.Run(inputs)[0];
+    x = scheduler->Step(model_output, t, x,
+                        scheduler->NeedsNoise(t) ? Tensor::Zeros(x.shape()) : Tensor());
+    std::string name = fmt::format("output.step_{:03}", i);
+    worst.Compare(name, x, c.At(name), kSchedulerTolerance * Largest(c.At(name)));
+  }
+}
+
+void RunAddNoise(const Case& c, Backend backend, Worst& worst) {
+  std::string type = c.config.at("type");
+  if (type != "DDIMScheduler" && type != "DDPMScheduler") throw Unsupported{"scheduler " + type};
+  NoiseSchedule schedule(SchedulerOf(c, type));
+  const Tensor &sample = c.At("input.sample"), &noise = c.At("input.noise"),
+               &timesteps = c.At("input.timesteps");
+  const Tensor &noisy = c.At("output.noisy"), &velocity = c.At("output.velocity");
+  ComputationGraph graph;
+  Value x = graph.Input("sample", sample.type()), n = graph.Input("noise", noise.type());
+  Value t = graph.Input("timesteps", timesteps.type());
+  graph.Output("noisy", schedule.AddNoise(x, n, t));
+  graph.Output("velocity", schedule.Velocity(x, n, t));
+  std::vector<Tensor> results =
+      Executable(std::move(graph), backend).Run(std::vector{sample, noise, timesteps});
+  worst.Compare("output.noisy", results[0], noisy, kSchedulerTolerance * Largest(noisy));
+  worst.Compare("output.velocity", results[1], velocity, kSchedulerTolerance * Largest(velocity));
+  worst.Compare("output.noisy (tensors)", schedule.AddNoise(sample, noise, timesteps), noisy,
+                kSchedulerTolerance * Largest(noisy));
+  worst.Compare("output.velocity (tensors)", schedule.Velocity(sample, noise, timesteps), velocity,
+                kSchedulerTolerance * Largest(velocity));
+  auto alphas = schedule.alphas_cumprod();
+  worst.Compare("output.alphas_cumprod",
+                Tensor::From({static_cast<int64_t>(alphas.size())}, alphas),
+                c.At("output.alphas_cumprod"), kSchedulerTolerance);
+}
+
+// --- The tests.
+
+using Runner = void (*)(const Case&, Backend, Worst&);
+const std::map<std::string, Runner> kRunners = {
+    {"attention", RunAttention},
+    {"ResnetBlock2D", RunResnet},
+    {"Downsample2D", RunDownsample},
+    {"Upsample2D", RunUpsample},
+    {"Transformer2DModel", RunTransformer},
+    {"BasicTransformerBlock", RunTransformerBlock},
+    {"FeedForward", RunFeedForward},
+    {"Timesteps", RunTimesteps},
+    {"TimestepEmbedding", RunTimestepEmbedding},
+    {"scheduler", RunScheduler},
+    {"add_noise", RunAddNoise},
+};
+
+struct TestParameter {
+  fs::path folder;
+  Backend backend;
+};
+
+std::vector<TestParameter> TestParameters() {
+  std::vector<TestParameter> parameters;
+  for (const fs::path& folder : DiscoverCases()) {
+    for (Backend backend : {Backend::kEager, Backend::kJit})
+      parameters.push_back({folder, backend});
+  }
+  return parameters;
+}
+
+std::string NameOf(const ::testing::TestParamInfo<TestParameter>& info) {
+  std::string name = info.param.folder.lexically_relative(FixtureFolder()).string() + "/" +
+                     std::string(NameOf(info.param.backend));
+  for (char& character : name)
+    character = std::isalnum(static_cast<unsigned char>(character)) ? character : '_';
+  return name;
+}
+
+class Conformance : public ::testing::TestWithParam<TestParameter> {};
+
+TEST_P(Conformance, MatchesTheFixture) {
+  Worst worst;
+  try {
+    Case c(GetParam().folder);
+    auto runner = kRunners.find(c.kind);
+    if (runner == kRunners.end()) throw Unsupported{"kind " + c.kind};
+    runner->second(c, GetParam().backend, worst);
+  } catch (const Unsupported& unsupported) {
+    GTEST_SKIP() << "not supported yet: " << unsupported.name;
+  } catch (const std::exception& e) {
+    FAIL() << GetParam().folder << ": " << e.what();
+  }
+  EXPECT_GT(worst.compared, 0) << "nothing was compared";
+  fmt::print("worst of {:3}: {:8.2e}, {:5.1f} % of its bound ({})\n", worst.compared,
+             worst.worst_error, 100 * worst.worst, worst.name);
+}
+
+INSTANTIATE_TEST_SUITE_P(Fixtures, Conformance, ::testing::ValuesIn(TestParameters()), NameOf);
+
+// Without cases the suite above would be empty and pass.
+TEST(ConformanceTest, FindsCases) {
+  EXPECT_GT(DiscoverCases().size(), 0u) << "no case.json below " << FixtureFolder();
+}
+
+}  // namespace
+}  // namespace calotype
