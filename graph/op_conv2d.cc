@@ -1,4 +1,5 @@
 // Conv2d and its two gradients, which are ops of their own.
+#include <algorithm>
 #include <vector>
 
 #include "core/contract.h"
