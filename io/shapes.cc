@@ -24,7 +24,7 @@ bool Inside(int shape, double u, double v, double r) {
     case 0:
       return u * u + v * v <= r * r;
     case 1:
-      return std::max(std::abs(u), std::abs(v)) <= .9 * r;
+      return std::max(std::abs(u), std::abs(v)) <= .95 * r;
     case 2:
       return v <= .8 * r && 1.8 * std::abs(u) <= v + r;
     default:

@@ -1,0 +1,114 @@
+#include "io/image_folder.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <system_error>
+
+#include "core/error.h"
+#include "core/parallel.h"
+#include "io/file.h"
+#include "io/png.h"
+
+namespace calotype {
+
+namespace {
+
+// `where` is "FILE:LINE".
+std::string StringField(const nlohmann::json& object, const char* field, const std::string& where) {
+  auto it = object.find(field);
+  Check<FileError>(it != object.end() && it->is_string(),
+                   "{}: no string field \"{}\" (expected {{\"file_name\": ..., \"text\": ...}})",
+                   where, field);
+  return it->get<std::string>();
+}
+
+// The path of `file_name` in `folder`, which is canonical. A file that does not exist passes:
+// reading it fails later. Names are data and must not lead elsewhere, not through links either.
+std::filesystem::path Inside(const std::filesystem::path& folder, const std::string& file_name,
+                             const std::string& where) {
+  Check<FileError>(!file_name.empty() && file_name.find('\0') == std::string::npos,
+                   "{}: file_name {} is not a file name", where, Quoted(file_name));
+  std::filesystem::path relative(file_name);
+  bool plain = !relative.is_absolute() &&
+               std::find(relative.begin(), relative.end(), "..") == relative.end();
+  Check<FileError>(plain, "{}: file_name {} leads out of the folder", where, Quoted(file_name));
+  std::filesystem::path path = folder / relative;
+  std::error_code error;
+  std::filesystem::path real = std::filesystem::weakly_canonical(path, error);
+  Check<FileError>(!error, "{}: file_name {}: {}", where, Quoted(file_name), error.message());
+  auto [end, other] = std::mismatch(folder.begin(), folder.end(), real.begin(), real.end());
+  Check<FileError>(end == folder.end(), "{}: file_name {} leads out of the folder through a link",
+                   where, Quoted(file_name));
+  return path;
+}
+
+}  // namespace
+
+ImageFolder::ImageFolder(const std::filesystem::path& folder, int side, const WarningCallback& warn)
+    : side_(side) {
+  Check(side >= 1 && side <= 4096, "image folder: side {} is not in [1, 4096]", side);
+  std::error_code error;
+  std::filesystem::path root = std::filesystem::canonical(folder, error);
+  Check<FileError>(!error && std::filesystem::is_directory(root, error), "{}: not a folder",
+                   folder.string());
+  std::filesystem::path list = folder / "metadata.jsonl";
+  Check<FileError>(std::filesystem::exists(list, error),
+                   "{}: missing; a data folder holds pictures and metadata.jsonl with lines "
+                   "{{\"file_name\": \"a.png\", \"text\": \"its caption\"}}",
+                   list.string());
+  std::string text = ReadFile(list);
+
+  std::vector<std::filesystem::path> paths;
+  std::string_view rest = text;
+  for (int64_t number = 1; !rest.empty(); ++number) {
+    std::string_view line = rest.substr(0, rest.find('\n'));
+    rest.remove_prefix(std::min(rest.size(), line.size() + 1));
+    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
+    std::string where = fmt::format("{}:{}", list.string(), number);
+    nlohmann::json object = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+    Check<FileError>(object.is_object(), "{}: not a JSON object: {}", where, Quoted(line));
+    Entry entry{StringField(object, "file_name", where), StringField(object, "text", where), {}};
+    paths.push_back(Inside(root, entry.file_name, where));
+    entries_.push_back(std::move(entry));
+  }
+  Check<FileError>(!entries_.empty(), "{}: no pictures are listed", list.string());
+
+  std::vector<std::string> failures(entries_.size());
+  ParallelFor(size(), 1, [&](int64_t begin, int64_t) {
+    try {
+      entries_[begin].image = ResizeAndCrop(ReadPng(paths[begin]), side_);
+    } catch (const std::exception& failure) {
+      failures[begin] = failure.what();
+    }
+  });
+  size_t kept = 0;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (failures[i].empty()) {
+      if (kept != i) entries_[kept] = std::move(entries_[i]);
+      ++kept;
+    } else {
+      ++skipped_;
+      if (warn) warn(fmt::format("picture skipped: {}", failures[i]));
+    }
+  }
+  entries_.resize(kept);
+  Check<FileError>(kept > 0, "{}: none of the {} pictures is usable", folder.string(), skipped_);
+}
+
+const ImageFolder::Entry& ImageFolder::At(int64_t index) const {
+  Check(index >= 0 && index < size(), "image folder: picture {} is not in [0, {})", index, size());
+  return entries_[static_cast<size_t>(index)];
+}
+
+Tensor ImageFolder::image(int64_t index, Random&) const { return ImageToTensor(At(index).image); }
+
+std::string ImageFolderLine(std::string_view file_name, std::string_view text) {
+  Check(IsUtf8(file_name) && IsUtf8(text), "image folder: {} or {} is not UTF-8", Quoted(file_name),
+        Quoted(text));
+  nlohmann::ordered_json line;
+  line["file_name"] = file_name;
+  line["text"] = text;
+  return line.dump() + "\n";
+}
+
+}  // namespace calotype

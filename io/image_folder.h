@@ -1,0 +1,49 @@
+// A data set from a folder in the ImageFolder convention: pictures and a file `metadata.jsonl` with
+// one JSON object a line, {"file_name": "a.png", "text": "its caption"} (other fields are ignored).
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "io/dataset.h"
+#include "io/image.h"
+
+namespace calotype {
+
+class ImageFolder : public Dataset {
+ public:
+  // Reads all pictures now: PNG, cut and resized to side x side by ResizeAndCrop, kept in memory at
+  // 8 bits a channel. A picture that is missing or damaged is reported to `warn` and left out.
+  // Errors: ValueError for a side outside [1, 4096]; FileError naming the file (and line) if the
+  // folder or metadata.jsonl is missing, a line is not such an object, a file_name leads out of the
+  // folder (absolute, "..", or through a link), or no picture is usable.
+  ImageFolder(const std::filesystem::path& folder, int side, const WarningCallback& warn);
+
+  int64_t size() const override { return static_cast<int64_t>(entries_.size()); }
+  int side() const override { return side_; }
+  std::string caption(int64_t index) const override { return At(index).caption; }
+  // The same each time; draws nothing.
+  Tensor image(int64_t index, Random& random) const override;
+
+  // The file_name of a picture, and how many pictures were left out.
+  const std::string& file_name(int64_t index) const { return At(index).file_name; }
+  int64_t skipped() const { return skipped_; }
+
+ private:
+  struct Entry {
+    std::string file_name, caption;
+    Image image;
+  };
+  const Entry& At(int64_t index) const;
+
+  int side_;
+  int64_t skipped_ = 0;
+  std::vector<Entry> entries_;
+};
+
+// A line of metadata.jsonl, with the newline.
+std::string ImageFolderLine(std::string_view file_name, std::string_view text);
+
+}  // namespace calotype
