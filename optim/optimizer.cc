@@ -55,6 +55,33 @@ AdamStep EmitAdam(double beta1, double beta2, double eps, std::span<const Value>
   return {m, v, learning_rate / correction1 * m / denominator};
 }
 
+// The rules: the new values of a parameter and its state, from its gradient g and the inputs.
+
+std::vector<Value> EmitRule(const Sgd& rule, std::span<const Value> inputs, Value p, Value g,
+                            std::span<const Value> state) {
+  const Value learning_rate = inputs[0];
+  if (rule.weight_decay > 0) g = g + p * Float(rule.weight_decay);
+  if (rule.momentum == 0) return {p - learning_rate * g};
+  // The state starts at 0, so the first update's b = g needs no case of its own.
+  const Value buffer = state[0] * Float(rule.momentum) + (rule.dampening > 0 ? g * inputs[1] : g);
+  const Value direction = rule.nesterov ? g + buffer * Float(rule.momentum) : buffer;
+  return {p - learning_rate * direction, buffer};
+}
+
+std::vector<Value> EmitRule(const Adam& rule, std::span<const Value> inputs, Value p, Value g,
+                            std::span<const Value> state) {
+  if (rule.weight_decay > 0) g = g + p * Float(rule.weight_decay);
+  const AdamStep adam = EmitAdam(rule.beta1, rule.beta2, rule.eps, inputs, g, state);
+  return {p - adam.step, adam.m, adam.v};
+}
+
+std::vector<Value> EmitRule(const AdamW& rule, std::span<const Value> inputs, Value p, Value g,
+                            std::span<const Value> state) {
+  if (rule.weight_decay > 0) p = p * (1.0f - inputs[0] * Float(rule.weight_decay));
+  const AdamStep adam = EmitAdam(rule.beta1, rule.beta2, rule.eps, inputs, g, state);
+  return {p - adam.step, adam.m, adam.v};
+}
+
 }  // namespace
 
 Optimizer::Optimizer(Rule rule, std::vector<ParameterPtr> parameters, double max_gradient_norm)
@@ -123,31 +150,6 @@ std::vector<Tensor> Optimizer::Inputs(int64_t step, double learning_rate) const 
   return tensors;
 }
 
-std::vector<Value> Optimizer::Emit(const Sgd& rule, std::span<const Value> inputs, Value p, Value g,
-                                   std::span<const Value> state) const {
-  const Value learning_rate = inputs[0];
-  if (rule.weight_decay > 0) g = g + p * Float(rule.weight_decay);
-  if (rule.momentum == 0) return {p - learning_rate * g};
-  // The state starts at 0, so the first update's b = g needs no case of its own.
-  const Value buffer = state[0] * Float(rule.momentum) + (rule.dampening > 0 ? g * inputs[1] : g);
-  const Value direction = rule.nesterov ? g + buffer * Float(rule.momentum) : buffer;
-  return {p - learning_rate * direction, buffer};
-}
-
-std::vector<Value> Optimizer::Emit(const Adam& rule, std::span<const Value> inputs, Value p,
-                                   Value g, std::span<const Value> state) const {
-  if (rule.weight_decay > 0) g = g + p * Float(rule.weight_decay);
-  const AdamStep adam = EmitAdam(rule.beta1, rule.beta2, rule.eps, inputs, g, state);
-  return {p - adam.step, adam.m, adam.v};
-}
-
-std::vector<Value> Optimizer::Emit(const AdamW& rule, std::span<const Value> inputs, Value p,
-                                   Value g, std::span<const Value> state) const {
-  if (rule.weight_decay > 0) p = p * (1.0f - inputs[0] * Float(rule.weight_decay));
-  const AdamStep adam = EmitAdam(rule.beta1, rule.beta2, rule.eps, inputs, g, state);
-  return {p - adam.step, adam.m, adam.v};
-}
-
 Optimizer::Exported Optimizer::ExportUpdates(ComputationGraph& graph,
                                              std::span<const Value> gradients) const {
   Check<ShapeError>(gradients.size() == parameters_.size(),
@@ -184,7 +186,7 @@ Optimizer::Exported Optimizer::ExportUpdates(ComputationGraph& graph,
     const Value g = scale.defined() ? gradients[i] * scale : gradients[i];
     const std::span<const Value> state = std::span<const Value>(targets).subspan(1);
     const std::vector<Value> results = std::visit(
-        [&](const auto& rule) { return Emit(rule, inputs, targets[0], g, state); }, rule_);
+        [&](const auto& rule) { return EmitRule(rule, inputs, targets[0], g, state); }, rule_);
     for (size_t j = 0; j < targets.size(); ++j) {
       const Value result = Select(exported.finite, results[j], targets[j]);
       graph.Update(targets[j], result);

@@ -87,14 +87,6 @@ class Optimizer {
   const std::vector<ParameterPtr>& state() const { return state_; }
 
  private:
-  // Emit the rule for one parameter; return its new value and those of its state.
-  std::vector<Value> Emit(const Sgd& rule, std::span<const Value> inputs, Value p, Value g,
-                          std::span<const Value> state) const;
-  std::vector<Value> Emit(const Adam& rule, std::span<const Value> inputs, Value p, Value g,
-                          std::span<const Value> state) const;
-  std::vector<Value> Emit(const AdamW& rule, std::span<const Value> inputs, Value p, Value g,
-                          std::span<const Value> state) const;
-
   Rule rule_;
   std::vector<ParameterPtr> parameters_;
   double max_gradient_norm_;
