@@ -11,7 +11,7 @@ struct Entry {
   Value (*function)(Value);
 };
 constexpr Entry kActivations[] = {
-    {"silu", Silu}, {"swish", Silu},          {"gelu", Gelu}, {"gelu-approximate", GeluTanh},
+    {"silu", Silu}, {"swish", Silu},           {"gelu", Gelu}, {"gelu-approximate", GeluTanh},
     {"mish", Mish}, {"quick_gelu", QuickGelu}, {"relu", Relu}, {"identity", Identity}};
 
 const Entry& Find(std::string_view name) {

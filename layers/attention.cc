@@ -19,7 +19,8 @@ Attention::Attention(const Options& options) : Layer("Attention"), options_(opti
   Check<UnsupportedError>(o.dropout == 0, "Attention: dropout {} is not supported, only 0",
                           o.dropout);
   Check<UnsupportedError>(o.qk_norm.empty() || o.qk_norm == "layer_norm",
-                          "Attention: qk_norm '{}' is not supported; known is layer_norm", o.qk_norm);
+                          "Attention: qk_norm '{}' is not supported; known is layer_norm",
+                          o.qk_norm);
   Check(o.rescale_output_factor != 0, "Attention: rescale_output_factor must not be 0");
   int64_t inner = CheckedMul(o.heads, o.dim_head, "Attention");
   int64_t cross = o.cross_attention_dim > 0 ? o.cross_attention_dim : o.query_dim;
@@ -28,8 +29,8 @@ Attention::Attention(const Options& options) : Layer("Attention"), options_(opti
         "Attention: residual_connection needs out_dim {} to be query_dim {}", out, o.query_dim);
 
   if (o.norm_num_groups > 0) {
-    group_norm_ =
-        AddLayer<GroupNorm>("group_norm", GroupNorm::Options{o.norm_num_groups, o.query_dim, o.eps});
+    group_norm_ = AddLayer<GroupNorm>("group_norm",
+                                      GroupNorm::Options{o.norm_num_groups, o.query_dim, o.eps});
   }
   if (o.qk_norm == "layer_norm") {
     norm_q_ = AddLayer<LayerNorm>("norm_q", LayerNorm::Options{o.dim_head, o.eps});
@@ -64,7 +65,8 @@ void Attention::SetProcessor(std::string_view name) {
 
 std::vector<Value> Attention::ExportComputationGraph(ComputationGraph&,
                                                      std::span<const Value> inputs) {
-  AttentionInputs in{Required(inputs, 0, "hidden_states"), Optional(inputs, 1), Optional(inputs, 2)};
+  AttentionInputs in{Required(inputs, 0, "hidden_states"), Optional(inputs, 1),
+                     Optional(inputs, 2)};
   const Shape& x = in.hidden_states.shape();
   Check<ShapeError>((x.rank() == 3 && x[2] == options_.query_dim) ||
                         (x.rank() == 4 && x[1] == options_.query_dim),
@@ -107,11 +109,10 @@ Value Attention::PrepareMask(Value mask, int64_t batch, int64_t tokens, int64_t 
   Shape given = mask.shape();
   if (given[2] != keys) mask = Pad(mask, {0, 0, 0}, {0, 0, keys});
   bool per_head = given[0] == batch * options_.heads && options_.heads > 1;
-  Check<ShapeError>(
-      (given[0] == batch || per_head) && (given[1] == 1 || given[1] == tokens) &&
-          mask.dim(2) == keys,
-      "{}: attention_mask {} must be [{} or {}, 1 or {}, {}] (batch, tokens, keys)", Describe(),
-      given, batch, batch * options_.heads, tokens, keys);
+  Check<ShapeError>((given[0] == batch || per_head) && (given[1] == 1 || given[1] == tokens) &&
+                        mask.dim(2) == keys,
+                    "{}: attention_mask {} must be [{} or {}, 1 or {}, {}] (batch, tokens, keys)",
+                    Describe(), given, batch, batch * options_.heads, tokens, keys);
   return Reshape(mask, {batch, per_head ? options_.heads : 1, given[1], keys});
 }
 

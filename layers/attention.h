@@ -1,5 +1,6 @@
-// Attention of diffusers: the projections and norms of one attention module, and a processor that says
-// how queries, keys and values meet. Processors are interchangeable functions that build graph.
+// Attention of diffusers: the projections and norms of one attention module, and a processor that
+// says how queries, keys and values meet. Processors are interchangeable functions that build
+// graph.
 #pragma once
 
 #include <string>
@@ -26,16 +27,17 @@ struct AttentionProcessor {
   // Throws UnsupportedError if the processor cannot serve a module with these options.
   void (*check)(const Attention& attention);
 };
-// "AttnProcessor" (explicit scores: product, softmax, product) and "AttnProcessor2_0" (one fused call
-// that never stores the scores). Errors: UnsupportedError for another name, listing the known ones.
+// "AttnProcessor" (explicit scores: product, softmax, product) and "AttnProcessor2_0" (one fused
+// call that never stores the scores). Errors: UnsupportedError for another name, listing the known
+// ones.
 const AttentionProcessor& FindAttentionProcessor(std::string_view name);
 std::vector<std::string_view> AttentionProcessorNames();
 
 // Inputs: hidden_states, encoder_hidden_states (optional), attention_mask (optional), see
 // AttentionInputs. Result: of the shape of hidden_states (width out_dim where that is given):
-//   q = to_q(group_norm(x)), k = to_k(e), v = to_v(e) with e = norm_cross(encoder_hidden_states) or x
-//   per head of width dim_head: o = softmax(scale norm_q(q) norm_k(k)^T + mask) v
-//   y = (to_out.0(o) + (residual_connection ? x : 0)) / rescale_output_factor
+//   q = to_q(group_norm(x)), k = to_k(e), v = to_v(e) with e = norm_cross(encoder_hidden_states) or
+//   x per head of width dim_head: o = softmax(scale norm_q(q) norm_k(k)^T + mask) v y =
+//   (to_out.0(o) + (residual_connection ? x : 0)) / rescale_output_factor
 class Attention : public Layer {
  public:
   struct Options {
@@ -48,14 +50,14 @@ class Attention : public Layer {
     bool upcast_attention = false, upcast_softmax = false;
     std::string cross_attention_norm = "";  // "", "layer_norm" or "group_norm"
     int64_t cross_attention_norm_num_groups = 32;
-    std::string qk_norm = "";  // "" or "layer_norm" (over dim_head, eps)
+    std::string qk_norm = "";     // "" or "layer_norm" (over dim_head, eps)
     int64_t norm_num_groups = 0;  // 0: no group_norm
     bool out_bias = true;
     bool scale_qk = true;  // scale = 1/sqrt(dim_head), else 1
     double eps = 1e-5;     // of group_norm, norm_q, norm_k
     double rescale_output_factor = 1;
     bool residual_connection = false;
-    int64_t out_dim = 0;    // 0: query_dim; otherwise also heads = out_dim / dim_head
+    int64_t out_dim = 0;         // 0: query_dim; otherwise also heads = out_dim / dim_head
     std::string processor = "";  // "": AttnProcessor2_0, or AttnProcessor without scale_qk
   };
   // Errors: ValueError for sizes out of range, UnsupportedError for an unsupported field.
@@ -71,8 +73,8 @@ class Attention : public Layer {
   const Options& options() const { return options_; }
   double scale() const;  // factor of the scores
   // The mask as [B, 1 or heads, 1 or T, S], by diffusers' prepare_attention_mask: a mask whose last
-  // size is not that of the keys has as many zeros appended as there are keys. Errors: ShapeError if
-  // the result does not fit.
+  // size is not that of the keys has as many zeros appended as there are keys. Errors: ShapeError
+  // if the result does not fit.
   Value PrepareMask(Value mask, int64_t batch, int64_t tokens, int64_t keys) const;
   // The tokens [B, T, query_dim] of the input, after group_norm.
   Value Tokens(Value hidden_states);

@@ -14,8 +14,8 @@ struct ExplicitAttentionOptions {
   double dropout = 0;   // drops weights with the mask that the fused Attention op draws
   Value seed = {};      // i64[1], needed for a dropout
 };
-// The same function as the fused Attention op in plain ops; stores the L x S weights. q [B, L, H*D],
-// k, v [B or 1, S, H*D]; mask broadcasts to [B, H, L, S].
+// The same function as the fused Attention op in plain ops; stores the L x S weights. q [B, L,
+// H*D], k, v [B or 1, S, H*D]; mask broadcasts to [B, H, L, S].
 ExplicitAttentionResult ExplicitAttention(Value q, Value k, Value v, int64_t heads, double scale,
                                           Value mask, const ExplicitAttentionOptions& options = {});
 

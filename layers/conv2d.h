@@ -5,8 +5,8 @@
 
 namespace calotype::nn {
 
-// Cross-correlation of x [B, in_channels, H, W] with weight [out_channels, in_channels, k, k] and bias
-// [out_channels]; weight and bias are drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), fan_in =
+// Cross-correlation of x [B, in_channels, H, W] with weight [out_channels, in_channels, k, k] and
+// bias [out_channels]; weight and bias are drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), fan_in =
 // in_channels k k, as in PyTorch.
 class Conv2d : public Layer {
  public:

@@ -8,9 +8,9 @@
 namespace calotype::nn {
 
 // x [..., dim] -> [..., dim_out]: net.2(f(net.0.proj(x))) over an inner width of dim * mult.
-// activation_fn: "geglu" a gelu(g) (Shazeer 2020, arXiv:2002.05202) and "swiglu" a silu(g), where a, g
-// are the halves of net.0.proj(x); "gelu", "gelu-approximate" (tanh), "geglu-approximate"
-// (x sigmoid(1.702 x)), "linear-silu".
+// activation_fn: "geglu" a gelu(g) (Shazeer 2020, arXiv:2002.05202) and "swiglu" a silu(g), where
+// a, g are the halves of net.0.proj(x); "gelu", "gelu-approximate" (tanh), "geglu-approximate" (x
+// sigmoid(1.702 x)), "linear-silu".
 class FeedForward : public Layer {
  public:
   struct Options {

@@ -228,8 +228,8 @@ LoadReport Layer::LoadParameters(const std::map<std::string, Tensor>& tensors, b
     if (it == tensors.end()) {
       report.missing.push_back(path);
     } else if (it->second.shape() != declaration.shape) {
-      report.wrong_shape.push_back(fmt::format("{}: the tensor has shape {}, the parameter {}", path,
-                                               it->second.shape(), declaration.shape));
+      report.wrong_shape.push_back(fmt::format("{}: the tensor has shape {}, the parameter {}",
+                                               path, it->second.shape(), declaration.shape));
     } else if (it->second.dtype() != DType::kF32 && it->second.dtype() != DType::kF64) {
       report.wrong_shape.push_back(
           fmt::format("{}: the tensor is {}, the parameter f32", path, it->second.dtype()));
@@ -273,8 +273,8 @@ Value Layer::Leaf(ComputationGraph& graph, std::string_view name) {
 }
 
 Value Layer::Required(std::span<const Value> inputs, size_t index, std::string_view name) const {
-  Check<ShapeError>(index < inputs.size() && inputs[index].defined(), "{}: input {} ({}) is missing",
-                    Describe(), index, name);
+  Check<ShapeError>(index < inputs.size() && inputs[index].defined(),
+                    "{}: input {} ({}) is missing", Describe(), index, name);
   return inputs[index];
 }
 

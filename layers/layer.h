@@ -1,7 +1,8 @@
-// Layer: the base of everything with parameters. A concrete layer is a constructor (declares parameters
-// and sub-layers by name) and ExportComputationGraph (the formula, as graph nodes). Everything else is
-// derived from these two: Forward interprets the exported graph, Backward interprets its gradient
-// graph, the JIT compiles the same graphs, files load by path name. So the three cannot disagree.
+// Layer: the base of everything with parameters. A concrete layer is a constructor (declares
+// parameters and sub-layers by name) and ExportComputationGraph (the formula, as graph nodes).
+// Everything else is derived from these two: Forward interprets the exported graph, Backward
+// interprets its gradient graph, the JIT compiles the same graphs, files load by path name. So the
+// three cannot disagree.
 #pragma once
 
 #include <cstdint>
@@ -55,10 +56,10 @@ class Layer {
   Layer(const Layer&) = delete;  // sub-layers and cached graphs refer to the layer
   Layer& operator=(const Layer&) = delete;
 
-  // The formula. `inputs` are the layer's inputs in their documented order; an optional input may be
-  // undefined, or missing at the end. Emits nodes, executes nothing.
-  // Errors: ShapeError if the inputs do not fit, naming the layer's path.
-  // (Sub-layers are called through Call, which labels their nodes.)
+  // The formula. `inputs` are the layer's inputs in their documented order; an optional input may
+  // be undefined, or missing at the end. Emits nodes, executes nothing. Errors: ShapeError if the
+  // inputs do not fit, naming the layer's path. (Sub-layers are called through Call, which labels
+  // their nodes.)
   virtual std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
                                                     std::span<const Value> inputs) = 0;
   // The first result, inside a label with the layer's name: how layers call their sub-layers.
@@ -67,20 +68,20 @@ class Layer {
   // A graph of its own with these inputs; its outputs are named "out", "out.1", ...
   ComputationGraph Export(const std::vector<GraphInput>& inputs);
 
-  // Eager execution. The graph is exported once for each combination of input types (the latest 8 are
-  // kept) and interpreted. The span form returns all outputs, the others the first; undefined tensors
-  // stand for absent optional inputs. In training mode (the default) the values that the gradient reads
-  // are kept until the next Forward or ResetState; inputs and outputs must not be overwritten before
-  // Backward. Parameters without a value are drawn first, as by Initialize(0).
+  // Eager execution. The graph is exported once for each combination of input types (the latest 8
+  // are kept) and interpreted. The span form returns all outputs, the others the first; undefined
+  // tensors stand for absent optional inputs. In training mode (the default) the values that the
+  // gradient reads are kept until the next Forward or ResetState; inputs and outputs must not be
+  // overwritten before Backward. Parameters without a value are drawn first, as by Initialize(0).
   std::vector<Tensor> Forward(std::span<const Tensor> inputs);
   Tensor Forward(const Tensor& input);
   Tensor Forward(std::initializer_list<Tensor> inputs);
 
   // Gradients of sum over outputs of <output_gradient, output> for the inputs of the last Forward;
   // undefined for absent and integer inputs. Writes (does not add to) Parameter::gradient of every
-  // trainable parameter; zero where a parameter is not used. An undefined output gradient means zero.
-  // Errors: ValueError without a Forward in training mode before, or if a parameter was changed since;
-  // ShapeError if a gradient does not fit its output.
+  // trainable parameter; zero where a parameter is not used. An undefined output gradient means
+  // zero. Errors: ValueError without a Forward in training mode before, or if a parameter was
+  // changed since; ShapeError if a gradient does not fit its output.
   std::vector<Tensor> Backward(const Tensor& output_gradient);
   std::vector<Tensor> Backward(std::span<const Tensor> output_gradients);
 
@@ -90,12 +91,13 @@ class Layer {
   // Forgets the values kept for Backward and all gradients.
   virtual void ResetState();
 
-  // Draws every parameter from its initial distribution. The numbers depend on the seed and the path of
-  // the parameter alone, not on the order of construction.
+  // Draws every parameter from its initial distribution. The numbers depend on the seed and the
+  // path of the parameter alone, not on the order of construction.
   void Initialize(uint64_t seed);
 
-  // All parameters in declaration order, a layer's own before those of its sub-layers; values are drawn
-  // as by Initialize(0) where there are none yet. Names are paths: "down_blocks.0.resnets.0.conv1.weight".
+  // All parameters in declaration order, a layer's own before those of its sub-layers; values are
+  // drawn as by Initialize(0) where there are none yet. Names are paths:
+  // "down_blocks.0.resnets.0.conv1.weight".
   std::vector<ParameterPtr> NamedParameters();
   // The parameter of that path, counted from this layer. Errors: ValueError listing close names.
   ParameterPtr FindParameter(std::string_view path);
@@ -103,21 +105,22 @@ class Layer {
   std::vector<std::pair<std::string, Shape>> ParameterShapes() const;
   int64_t ParameterCount() const;  // number of elements
 
-  // All values in declaration order as one f32 vector. SetParameters: ShapeError for a wrong length.
+  // All values in declaration order as one f32 vector. SetParameters: ShapeError for a wrong
+  // length.
   Tensor GetParameters();
   void SetParameters(const Tensor& values);
   // The same for gradients; zeros for parameters that are not trainable.
   // Errors: ValueError if Backward has not run.
   Tensor GetParameterGradients();
 
-  // Copies tensors (f32 or f64) into the parameters of the same path. With `strict`, any problem is one
-  // ValueError that lists them all, and nothing is changed; otherwise what fits is loaded.
+  // Copies tensors (f32 or f64) into the parameters of the same path. With `strict`, any problem is
+  // one ValueError that lists them all, and nothing is changed; otherwise what fits is loaded.
   LoadReport LoadParameters(const std::map<std::string, Tensor>& tensors, bool strict = true);
   // Copies of all values by path.
   std::map<std::string, Tensor> SaveParameters();
 
-  // Training mode decides whether Forward keeps values for Backward, and whether dropout is active. Set
-  // for all sub-layers too.
+  // Training mode decides whether Forward keeps values for Backward, and whether dropout is active.
+  // Set for all sub-layers too.
   void SetTrainingMode(bool training);
   bool training() const { return training_; }
   // True if Backward works, that is: every op of the layer has a gradient.
@@ -127,7 +130,7 @@ class Layer {
   // Facts for people: type, path, parameter count, mode, kept bytes, and what the layer adds.
   virtual std::map<std::string, std::string> GetDiagnostics() const;
 
-  std::string_view type() const { return type_; }     // class name, e.g. "Linear"
+  std::string_view type() const { return type_; }    // class name, e.g. "Linear"
   const std::string& path() const { return path_; }  // from the root, "" for the root itself
   const std::vector<std::unique_ptr<Layer>>& layers() const { return layers_; }
 
@@ -167,7 +170,7 @@ class Layer {
     std::string name;  // local
     Shape shape;
     Initializer initializer;
-    ParameterPtr parameter;    // storage exists from the first use on
+    ParameterPtr parameter;  // storage exists from the first use on
     bool has_value = false;
   };
   // Calls visit(layer, declaration) for every parameter: own ones, then those of the sub-layers.

@@ -38,7 +38,8 @@ class Copier {
       for (ValueId id : node.inputs) inputs.push_back(Get(id));
       to_.SetLabel(from_.label_of(index));
       std::vector<Value> outputs = to_.Emit(*node.op, inputs, node.attrs);
-      for (size_t i = 0; i < outputs.size(); ++i) Bind({index, static_cast<int32_t>(i)}, outputs[i]);
+      for (size_t i = 0; i < outputs.size(); ++i)
+        Bind({index, static_cast<int32_t>(i)}, outputs[i]);
     }
   }
 
@@ -64,9 +65,9 @@ SplitGraph Split(const ComputationGraph& joint, std::span<const ValueId> outputs
     if (!forward[i]) continue;
     for (ValueId id : joint.node(i).inputs) forward[id.node] = 1;
   }
-  // Whatever else the gradients need belongs to the backward part; an edge from there to an operation
-  // of the forward part is a saved value. A reshape or broadcast of the forward part costs nothing to
-  // repeat, while keeping its result may cost memory: its input is saved instead.
+  // Whatever else the gradients need belongs to the backward part; an edge from there to an
+  // operation of the forward part is a saved value. A reshape or broadcast of the forward part
+  // costs nothing to repeat, while keeping its result may cost memory: its input is saved instead.
   std::vector<ValueId> saved;
   auto cheap = [&](const ComputationNode& node) {
     return node.op->name == "Reshape" || node.op->name == "Broadcast";
@@ -87,13 +88,15 @@ SplitGraph Split(const ComputationGraph& joint, std::span<const ValueId> outputs
 
   std::vector<int32_t> inputs;  // the joint graph's inputs without the output gradients
   for (int32_t node : joint.inputs()) {
-    bool is_gradient = std::ranges::find(output_gradients, ValueId{node, 0}) != output_gradients.end();
+    bool is_gradient =
+        std::ranges::find(output_gradients, ValueId{node, 0}) != output_gradients.end();
     if (!is_gradient) inputs.push_back(node);
   }
 
   Copier to_forward(joint, split.forward);
   for (int32_t node : inputs) {
-    to_forward.Bind({node, 0}, split.forward.Input(joint.node(node).name, joint.node(node).types[0]));
+    to_forward.Bind({node, 0},
+                    split.forward.Input(joint.node(node).name, joint.node(node).types[0]));
   }
   for (int32_t i = 0; i < count; ++i) {
     if (forward[i] && !to_forward.Has({i, 0})) to_forward.Copy(i);
@@ -111,7 +114,8 @@ SplitGraph Split(const ComputationGraph& joint, std::span<const ValueId> outputs
     to_backward.Bind(id, split.backward.Input(joint.node(id.node).name, joint.type(id)));
   }
   for (size_t i = 0; i < saved.size(); ++i) {
-    to_backward.Bind(saved[i], split.backward.Input(fmt::format("saved.{}", i), joint.type(saved[i])));
+    to_backward.Bind(saved[i],
+                     split.backward.Input(fmt::format("saved.{}", i), joint.type(saved[i])));
   }
   for (size_t i = 0; i < inputs.size(); ++i) {
     if (!backward[inputs[i]]) continue;
@@ -236,8 +240,8 @@ std::vector<Tensor> LayerExecution::Backward(Layer& layer,
     const TensorType& type = specialization.outputs[i];
     if (i < output_gradients.size() && output_gradients[i].defined()) {
       Check<ShapeError>(output_gradients[i].type() == type,
-                        "{}: the gradient of output {} is {}, the output is {}", layer.Describe(), i,
-                        output_gradients[i].type(), type);
+                        "{}: the gradient of output {} is {}, the output is {}", layer.Describe(),
+                        i, output_gradients[i].type(), type);
       inputs.push_back(output_gradients[i]);
     } else {
       inputs.push_back(Tensor::Zeros(type.shape, type.dtype));

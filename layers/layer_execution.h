@@ -1,7 +1,7 @@
-// Eager execution of a layer: exports its graph for the types of the inputs, interprets it, and keeps
-// what the gradient graph reads. One joint graph of outputs and gradients is built and cut in two: the
-// forward part yields the outputs and exactly the values that the other part reads, so Backward
-// recomputes nothing.
+// Eager execution of a layer: exports its graph for the types of the inputs, interprets it, and
+// keeps what the gradient graph reads. One joint graph of outputs and gradients is built and cut in
+// two: the forward part yields the outputs and exactly the values that the other part reads, so
+// Backward recomputes nothing.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ namespace calotype {
 
 // A differentiable graph cut into two. Inputs of `forward`: those of the joint graph that are not
 // output gradients. Outputs of `forward`: the results, then the saved values. Inputs of `backward`:
-// the output gradients, then the saved values, then the forward inputs listed in saved_inputs. Outputs
-// of `backward`: the gradients.
+// the output gradients, then the saved values, then the forward inputs listed in saved_inputs.
+// Outputs of `backward`: the gradients.
 struct SplitGraph {
   ComputationGraph forward, backward;
   size_t saved = 0;

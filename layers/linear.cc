@@ -25,7 +25,8 @@ std::vector<Value> Linear::ExportComputationGraph(ComputationGraph& graph,
   Value b = options_.bias ? Leaf(graph, "bias") : Value{};
   // One matrix of all rows, so that the weight gradient is one product, too.
   Shape shape = x.shape();
-  if (x.rank() != 2) x = Reshape(x, {shape.elements() / options_.in_features, options_.in_features});
+  if (x.rank() != 2)
+    x = Reshape(x, {shape.elements() / options_.in_features, options_.in_features});
   Value y = MatMul(x, w, false, true, b);
   if (shape.rank() != 2) y = Reshape(y, shape.With(-1, options_.out_features));
   return {y};
@@ -33,8 +34,8 @@ std::vector<Value> Linear::ExportComputationGraph(ComputationGraph& graph,
 
 Embedding::Embedding(const Options& options) : Layer("Embedding"), options_(options) {
   Check(options.num_embeddings > 0 && options.embedding_dim > 0,
-        "Embedding: num_embeddings {} and embedding_dim {} must be positive", options.num_embeddings,
-        options.embedding_dim);
+        "Embedding: num_embeddings {} and embedding_dim {} must be positive",
+        options.num_embeddings, options.embedding_dim);
   AddParameter("weight", {options.num_embeddings, options.embedding_dim}, Initializer::Normal(1));
 }
 

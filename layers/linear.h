@@ -1,5 +1,5 @@
-// Linear and Embedding: torch.nn's layers of these names. Concrete layers live in namespace nn because
-// several share their name with the graph function that they wrap.
+// Linear and Embedding: torch.nn's layers of these names. Concrete layers live in namespace nn
+// because several share their name with the graph function that they wrap.
 #pragma once
 
 #include "layers/layer.h"
@@ -24,8 +24,8 @@ class Linear : public Layer {
   Options options_;
 };
 
-// y[i.., :] = weight[ids[i..], :]; ids i32 or i64 of any shape, weight [num_embeddings, embedding_dim]
-// drawn from N(0, 1). Errors at run time: ValueError for an id out of range.
+// y[i.., :] = weight[ids[i..], :]; ids i32 or i64 of any shape, weight [num_embeddings,
+// embedding_dim] drawn from N(0, 1). Errors at run time: ValueError for an id out of range.
 class Embedding : public Layer {
  public:
   struct Options {

@@ -1,4 +1,5 @@
-// Downsample2D and Upsample2D of diffusers: halve or double a picture, with or without a convolution.
+// Downsample2D and Upsample2D of diffusers: halve or double a picture, with or without a
+// convolution.
 #pragma once
 
 #include <string>
@@ -7,9 +8,9 @@
 
 namespace calotype::nn {
 
-// x [B, channels, H, W] -> [B, out_channels, about H/2, about W/2]: a 3x3 convolution of stride 2 with
-// `padding` zeros around (0: one zero to the right and at the bottom), or without use_conv the mean of
-// each 2x2 square.
+// x [B, channels, H, W] -> [B, out_channels, about H/2, about W/2]: a 3x3 convolution of stride 2
+// with `padding` zeros around (0: one zero to the right and at the bottom), or without use_conv the
+// mean of each 2x2 square.
 class Downsample2D : public Layer {
  public:
   struct Options {
@@ -33,15 +34,15 @@ class Downsample2D : public Layer {
   Conv2d* conv_ = nullptr;
 };
 
-// x [B, channels, H, W] -> [B, out_channels, 2H, 2W]: each pixel repeated 2x2, then with use_conv a 3x3
-// convolution.
+// x [B, channels, H, W] -> [B, out_channels, 2H, 2W]: each pixel repeated 2x2, then with use_conv a
+// 3x3 convolution.
 class Upsample2D : public Layer {
  public:
   struct Options {
     int64_t channels = 0;
     bool use_conv = false;
-    int64_t out_channels = 0;    // 0: channels
-    std::string name = "conv";   // "conv" -> conv.weight, any other -> Conv2d_0.weight
+    int64_t out_channels = 0;   // 0: channels
+    std::string name = "conv";  // "conv" -> conv.weight, any other -> Conv2d_0.weight
     int64_t kernel_size = 3, padding = 1;
     bool bias = true;
   };

@@ -34,7 +34,8 @@ ResnetBlock2D::ResnetBlock2D(const Options& options) : Layer("ResnetBlock2D"), o
   conv2_ =
       AddLayer<Conv2d>("conv2", Conv2d::Options{o.out_channels, o.conv_2d_out_channels, 3, 1, 1});
   if (o.up) upsample_ = AddLayer<Upsample2D>("upsample", Upsample2D::Options{o.in_channels});
-  if (o.down) downsample_ = AddLayer<Downsample2D>("downsample", Downsample2D::Options{o.in_channels});
+  if (o.down)
+    downsample_ = AddLayer<Downsample2D>("downsample", Downsample2D::Options{o.in_channels});
   if (o.use_in_shortcut.value_or(o.in_channels != o.conv_2d_out_channels)) {
     conv_shortcut_ = AddLayer<Conv2d>(
         "conv_shortcut",
@@ -67,7 +68,8 @@ std::vector<Value> ResnetBlock2D::ExportComputationGraph(ComputationGraph&,
     t = Reshape(t, {t.dim(0), t.dim(1), 1, 1});
   }
   if (o.time_embedding_norm == "scale_shift") {
-    Value scale = Slice(t, 1, 0, o.out_channels), shift = Slice(t, 1, o.out_channels, o.out_channels);
+    Value scale = Slice(t, 1, 0, o.out_channels),
+          shift = Slice(t, 1, o.out_channels, o.out_channels);
     h = norm2_->Call(h) * (1.0f + scale) + shift;
   } else {
     if (time_emb_proj_) h = h + t;

@@ -1,5 +1,5 @@
-// ResnetBlock2D of diffusers: two convolutions with group norms, the time embedding between them, and
-// a skip connection.
+// ResnetBlock2D of diffusers: two convolutions with group norms, the time embedding between them,
+// and a skip connection.
 #pragma once
 
 #include <optional>
@@ -12,19 +12,20 @@
 
 namespace calotype::nn {
 
-// Inputs: input_tensor [B, in_channels, H, W]; temb [B or 1, temb_channels] unless temb_channels is 0.
+// Inputs: input_tensor [B, in_channels, H, W]; temb [B or 1, temb_channels] unless temb_channels is
+// 0.
 //   h = conv1(resize(f(norm1(x))))
 //   t = time_emb_proj(f(temb))                      (f is left out with skip_time_act)
 //   "default":     h = norm2(h + t)                 "scale_shift": h = norm2(h) (1 + t_1) + t_2
 //   y = (shortcut(resize(x)) + conv2(f(h))) / output_scale_factor
-// with resize = nearest 2x (up), 2x2 mean (down) or nothing; shortcut is a 1x1 convolution where the
-// channel counts differ (or as use_in_shortcut says), else the identity.
+// with resize = nearest 2x (up), 2x2 mean (down) or nothing; shortcut is a 1x1 convolution where
+// the channel counts differ (or as use_in_shortcut says), else the identity.
 class ResnetBlock2D : public Layer {
  public:
   struct Options {
     int64_t in_channels = 0;
-    int64_t out_channels = 0;  // 0: in_channels
-    double dropout = 0;        // only 0 is supported
+    int64_t out_channels = 0;     // 0: in_channels
+    double dropout = 0;           // only 0 is supported
     int64_t temb_channels = 512;  // 0: no time embedding
     int64_t groups = 32;
     int64_t groups_out = 0;  // 0: groups

@@ -40,8 +40,8 @@ TimestepEmbedding::TimestepEmbedding(const Options& options)
     : Layer("TimestepEmbedding"), options_(options) {
   CheckActivation(options.act_fn);
   int64_t out = options.out_dim > 0 ? options.out_dim : options.time_embed_dim;
-  linear_1_ = AddLayer<Linear>(
-      "linear_1", Linear::Options{options.in_channels, options.time_embed_dim});
+  linear_1_ =
+      AddLayer<Linear>("linear_1", Linear::Options{options.in_channels, options.time_embed_dim});
   linear_2_ = AddLayer<Linear>("linear_2", Linear::Options{options.time_embed_dim, out});
 }
 

@@ -9,10 +9,10 @@
 namespace calotype::nn {
 
 // timesteps [B] (f32, i32 or i64) -> [B, num_channels]: with half = num_channels / 2 and
-// f_i = exp(-ln(10000) i / (half - downscale_freq_shift)), the columns are [sin(t f) | cos(t f)], or
-// [cos | sin] with flip_sin_to_cos; an odd num_channels appends a zero. f_i and the product t f_i are
-// rounded to float32, as diffusers defines them (at t = 999 this differs from exact arithmetic by up
-// to 1e-5, which trained weights have seen).
+// f_i = exp(-ln(10000) i / (half - downscale_freq_shift)), the columns are [sin(t f) | cos(t f)],
+// or [cos | sin] with flip_sin_to_cos; an odd num_channels appends a zero. f_i and the product t
+// f_i are rounded to float32, as diffusers defines them (at t = 999 this differs from exact
+// arithmetic by up to 1e-5, which trained weights have seen).
 class Timesteps : public Layer {
  public:
   struct Options {

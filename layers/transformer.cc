@@ -16,8 +16,8 @@ Value MaskToBias(Value mask) {
 BasicTransformerBlock::BasicTransformerBlock(const Options& options)
     : Layer("BasicTransformerBlock"), options_(options) {
   const Options& o = options_;
-  Check<UnsupportedError>(o.dropout == 0, "BasicTransformerBlock: dropout {} is not supported, only 0",
-                          o.dropout);
+  Check<UnsupportedError>(o.dropout == 0,
+                          "BasicTransformerBlock: dropout {} is not supported, only 0", o.dropout);
   Check(!o.only_cross_attention || o.cross_attention_dim > 0,
         "BasicTransformerBlock: only_cross_attention needs cross_attention_dim");
   LayerNorm::Options norm{o.dim, o.norm_eps, o.norm_elementwise_affine};
@@ -31,11 +31,12 @@ BasicTransformerBlock::BasicTransformerBlock(const Options& options)
                               .out_bias = o.attention_out_bias};
   };
   norm1_ = AddLayer<LayerNorm>("norm1", norm);
-  attn1_ = AddLayer<Attention>("attn1", attention(o.only_cross_attention ? o.cross_attention_dim : 0));
+  attn1_ =
+      AddLayer<Attention>("attn1", attention(o.only_cross_attention ? o.cross_attention_dim : 0));
   if (o.cross_attention_dim > 0 || o.double_self_attention) {
     norm2_ = AddLayer<LayerNorm>("norm2", norm);
-    attn2_ =
-        AddLayer<Attention>("attn2", attention(o.double_self_attention ? 0 : o.cross_attention_dim));
+    attn2_ = AddLayer<Attention>("attn2",
+                                 attention(o.double_self_attention ? 0 : o.cross_attention_dim));
   }
   norm3_ = AddLayer<LayerNorm>("norm3", norm);
   ff_ = AddLayer<FeedForward>("ff", FeedForward::Options{.dim = o.dim,
@@ -47,7 +48,8 @@ BasicTransformerBlock::BasicTransformerBlock(const Options& options)
 std::vector<Value> BasicTransformerBlock::ExportComputationGraph(ComputationGraph&,
                                                                  std::span<const Value> inputs) {
   Value x = Required(inputs, 0, "hidden_states");
-  Value context = Optional(inputs, 1), mask = Optional(inputs, 2), context_mask = Optional(inputs, 3);
+  Value context = Optional(inputs, 1), mask = Optional(inputs, 2),
+        context_mask = Optional(inputs, 3);
   x = x + attn1_->Call({norm1_->Call(x), options_.only_cross_attention ? context : Value{}, mask});
   if (attn2_) {
     Value source = options_.double_self_attention ? Value{} : context;

@@ -12,8 +12,8 @@
 
 namespace calotype::nn {
 
-// Inputs: hidden_states [B, T, dim], encoder_hidden_states [B or 1, S, cross_attention_dim] (optional),
-// attention_mask (optional, of attn1), encoder_attention_mask (optional, of attn2).
+// Inputs: hidden_states [B, T, dim], encoder_hidden_states [B or 1, S, cross_attention_dim]
+// (optional), attention_mask (optional, of attn1), encoder_attention_mask (optional, of attn2).
 //   x += attn1(norm1(x));  x += attn2(norm2(x), encoder_hidden_states);  x += ff(norm3(x))
 // attn1 is self-attention (cross-attention with only_cross_attention); attn2 exists if
 // cross_attention_dim is given or with double_self_attention, and attends to x itself if no
@@ -22,7 +22,7 @@ class BasicTransformerBlock : public Layer {
  public:
   struct Options {
     int64_t dim = 0, num_attention_heads = 8, attention_head_dim = 64;
-    double dropout = 0;  // only 0 is supported
+    double dropout = 0;               // only 0 is supported
     int64_t cross_attention_dim = 0;  // 0: no cross-attention
     std::string activation_fn = "geglu";
     bool attention_bias = false;
@@ -46,7 +46,8 @@ class BasicTransformerBlock : public Layer {
 
 // Inputs: hidden_states [B, in_channels, H, W], encoder_hidden_states (optional), attention_mask
 // (optional), encoder_attention_mask (optional). Result [B, out_channels, H, W]:
-//   x + proj_out(blocks(proj_in(norm(x)))), norm with eps 1e-6; the projections are 1x1 convolutions,
+//   x + proj_out(blocks(proj_in(norm(x)))), norm with eps 1e-6; the projections are 1x1
+//   convolutions,
 // or linear layers on the tokens with use_linear_projection (the same function).
 // A mask of rank 2 holds 1 (keep) and 0 (drop), one of rank 3 is added to the scores.
 class Transformer2DModel : public Layer {
@@ -78,8 +79,8 @@ class Transformer2DModel : public Layer {
   std::vector<BasicTransformerBlock*> blocks_;
 };
 
-// A mask of 1 and 0 [B, S] as a bias of the scores [B, 1, S]: (1 - mask) * -10000. A mask of rank 3 (and
-// an undefined one) stays as it is. Errors: ShapeError for other ranks.
+// A mask of 1 and 0 [B, S] as a bias of the scores [B, 1, S]: (1 - mask) * -10000. A mask of rank 3
+// (and an undefined one) stays as it is. Errors: ShapeError for other ranks.
 Value MaskToBias(Value mask);
 
 }  // namespace calotype::nn
