@@ -88,6 +88,7 @@ struct AttentionOptions {
   double scale = 1;     // multiplies q k^T
   bool causal = false;  // query i sees keys j <= i
   double dropout = 0;   // probability of dropping an attention weight; needs `seed`
+  int64_t stream = 0;   // of the random numbers of dropout; layers that share a seed differ in it
   int64_t block_q = 64,
           block_kv = 64;  // tile of the eager kernel, no effect on the result's meaning
 };
