@@ -128,7 +128,7 @@ void Validate(const SchedulerConfig& config) {
           "equal",
           config.trained_betas.size(), steps);
     for (double beta : config.trained_betas) {
-      Check(beta >= 0 && beta <= 1, "scheduler config: trained_betas holds {}, expected [0, 1]",
+      Check(beta > 0 && beta <= 1, "scheduler config: trained_betas holds {}, expected (0, 1]",
             beta);
     }
   }

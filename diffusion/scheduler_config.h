@@ -18,7 +18,7 @@ struct SchedulerConfig {
   double beta_start = 0.0001;            // in (0, 1)
   double beta_end = 0.02;                // in (0, 1)
   std::string beta_schedule = "linear";  // linear, scaled_linear, squaredcos_cap_v2; DDPM: sigmoid
-  std::vector<double> trained_betas;  // T numbers in [0, 1] that replace the schedule; empty: none
+  std::vector<double> trained_betas;  // T numbers in (0, 1] that replace the schedule; empty: none
   std::string prediction_type = "epsilon";  // epsilon, sample, v_prediction
   // Shift and scale the schedule so that alpha_bar of the last timestep is exactly 0 (Lin et al.
   // 2023, arXiv:2305.08891, algorithm 1).

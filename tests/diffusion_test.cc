@@ -744,6 +744,7 @@ TEST(SchedulerConfig, BadText) {
   names(R"({"_class_name": "DDPMScheduler", "variance_type": "huge"})", "huge");
   names(R"({"trained_betas": [0.1, 0.2]})", "trained_betas");
   names(R"({"trained_betas": 3})", "trained_betas");
+  names(R"({"num_train_timesteps": 2, "trained_betas": [0, 0.5]})", "trained_betas");
   names(R"({"steps_offset": -1})", "steps_offset");
   names(R"({"sample_max_value": 0.5})", "sample_max_value");
   names(R"({"dynamic_thresholding_ratio": 1.5})", "dynamic_thresholding_ratio");

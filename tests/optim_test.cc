@@ -375,6 +375,20 @@ TEST(Optimizer, ResumesBitExactly) {
   }
 }
 
+// The 1e-6 beside the norm: gradients of norm 1e-6 limited to 1e-7 shrink to 1/20, not 1/10.
+TEST(Optimizer, ClippingOfTinyGradients) {
+  auto p = std::make_shared<Parameter>("p", Tensor::Zeros({2}));
+  Optimizer optimizer(Sgd{}, {p}, 1e-7);
+  ComputationGraph graph;
+  const std::vector<Value> gradients{graph.Input("gradient", Shape{2})};
+  graph.Output("norm", optimizer.ExportUpdates(graph, gradients).gradient_norm);
+  std::vector<Tensor> inputs{Tensor::From({2}, std::vector<float>{6e-7f, -8e-7f})};
+  for (const Tensor& input : optimizer.Inputs(1, 1)) inputs.push_back(input);
+  EXPECT_NEAR(Interpreter(graph).Run(inputs)[0].Item(), 1e-6, 1e-12);
+  EXPECT_NEAR(p->value().data()[0], -3e-8, 1e-13);
+  EXPECT_NEAR(p->value().data()[1], 4e-8, 1e-13);
+}
+
 TEST(Optimizer, StateHasNamesAndIsNotTrainable) {
   Optimizer adam(AdamW{}, MakeParameters());
   ASSERT_EQ(adam.state().size(), 4u);
