@@ -165,11 +165,13 @@ TEST(Safetensors, HalfPrecisionIsExact) {
 
 TEST(Safetensors, IntegerTypesWiden) {
   auto i32 = [](const std::string& bytes) {
-    auto values = ParseSafetensors(bytes, "f").tensors.at("x").values<int32_t>();
+    Tensor x = ParseSafetensors(bytes, "f").tensors.at("x");
+    auto values = std::as_const(x).values<int32_t>();
     return std::vector<int64_t>(values.begin(), values.end());
   };
   auto i64 = [](const std::string& bytes) {
-    auto values = ParseSafetensors(bytes, "f").tensors.at("x").values<int64_t>();
+    Tensor x = ParseSafetensors(bytes, "f").tensors.at("x");
+    auto values = std::as_const(x).values<int64_t>();
     return std::vector<int64_t>(values.begin(), values.end());
   };
   using V = std::vector<int64_t>;
@@ -301,12 +303,9 @@ TEST(Safetensors, TruncationsAndBitFlips) {
       flipped[bit / 8] = static_cast<char>(flipped[bit / 8] ^ (1 << bit % 8));
       try {
         TensorFile file = ParseSafetensors(flipped, "f");
-        EXPECT_GE(bit / 8, 8u) << "an other header length was accepted";
-        ExpectSame(
-            ParseSafetensors(FormatSafetensors(file), "again").tensors.size() == file.tensors.size()
-                ? file
-                : TensorFile{},
-            file);
+        EXPECT_GE(bit / 8, 8u) << "another header length was accepted";
+        file.metadata.emplace("format", "pt");
+        ExpectSame(ParseSafetensors(FormatSafetensors(file), "again"), file);
       } catch (const FileError&) {
         // Only booleans can be wrong in the data.
         EXPECT_TRUE(bit / 8 < 8 + length || bytes == booleans) << bit;
@@ -375,9 +374,13 @@ TEST(AtomicFile, FoldersThatCannotBeWritten) {
   ASSERT_EQ(chmod(folder.path().c_str(), 0755), 0);
   ASSERT_EQ(chmod(closed.c_str(), 0555), 0);
   bool root = geteuid() == 0;  // root may write everywhere: become nobody for a moment
-  if (root) ASSERT_EQ(seteuid(65534), 0);
+  if (root) {
+    ASSERT_EQ(seteuid(65534), 0);
+  }
   std::string message = ErrorOf<FileError>([&] { WriteFile(closed / "a.bin", "new"); });
-  if (root) ASSERT_EQ(seteuid(0), 0);
+  if (root) {
+    ASSERT_EQ(seteuid(0), 0);
+  }
   ASSERT_EQ(chmod(closed.c_str(), 0755), 0);
   EXPECT_THAT(message, HasSubstr("Permission denied"));
   EXPECT_EQ(ReadFile(closed / "a.bin"), "old");
@@ -475,16 +478,23 @@ TEST(Checkpoint, EveryBitFlipAndTruncationIsFound) {
   WriteCheckpoint(folder.path(), MakeCheckpoint(5, 3));
   std::filesystem::path path = CheckpointPath(folder.path(), 5), bad = folder / "bad";
   std::string bytes = ReadFile(path);
+  // In place: creating a file for each would wait for the disk.
+  Put(bad, bytes);
+  int descriptor = open(bad.c_str(), O_WRONLY);
+  ASSERT_GE(descriptor, 0);
   for (size_t bit = 0; bit < bytes.size() * 8; ++bit) {
-    std::string flipped = bytes;
-    flipped[bit / 8] = static_cast<char>(flipped[bit / 8] ^ (1 << bit % 8));
-    Put(bad, flipped);
+    off_t at = static_cast<off_t>(bit / 8);
+    char flipped = static_cast<char>(bytes[at] ^ (1 << bit % 8));
+    ASSERT_EQ(pwrite(descriptor, &flipped, 1, at), 1);
     ASSERT_THROW(ReadCheckpoint(bad), FileError) << "bit " << bit;
+    ASSERT_EQ(pwrite(descriptor, &bytes[at], 1, at), 1);
   }
-  for (size_t n = 0; n < bytes.size(); ++n) {
-    Put(bad, bytes.substr(0, n));
+  ASSERT_NO_THROW(ReadCheckpoint(bad));
+  for (size_t n = bytes.size(); n-- > 0;) {
+    ASSERT_EQ(ftruncate(descriptor, static_cast<off_t>(n)), 0);
     ASSERT_THROW(ReadCheckpoint(bad), FileError) << n << " bytes";
   }
+  close(descriptor);
   Put(bad, bytes + '\0');
   EXPECT_THROW(ReadCheckpoint(bad), FileError);
   Put(bad, FormatSafetensors({}));
