@@ -25,6 +25,8 @@ Executable::Executable(ComputationGraph graph, Backend backend) : graph_(std::mo
 
 Executable::~Executable() = default;
 
-std::vector<Tensor> Executable::Run(std::span<const Tensor> inputs) { return interpreter_->Run(inputs); }
+std::vector<Tensor> Executable::Run(std::span<const Tensor> inputs) {
+  return interpreter_->Run(inputs);
+}
 
 }  // namespace calotype

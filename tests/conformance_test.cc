@@ -23,12 +23,17 @@
 #include "io/file.h"
 #include "io/safetensors.h"
 #include "layers/attention.h"
+#include "layers/diffusion_cross_attention.h"
 #include "layers/feed_forward.h"
+#include "layers/flash_attention_layer.h"
 #include "layers/resample.h"
 #include "layers/resnet.h"
 #include "layers/timesteps.h"
 #include "layers/transformer.h"
+#include "optim/optimizer.h"
 #include "pipelines/executable.h"
+#include "pipelines/training_graph.h"
+#include "pipelines/unet_folder.h"
 
 namespace calotype {
 namespace {
@@ -332,6 +337,32 @@ void RunTimestepEmbedding(const Case& c, Backend backend, Worst& worst) {
   CheckLayer(c, backend, layer, c.With("param."), {"sample"}, kLayerTolerance, worst);
 }
 
+void RunDiffusionCrossAttention(const Case& c, Backend backend, Worst& worst) {
+  int64_t query_dim = 0, context_dim = 0, num_heads = 8, spatial_size = 64;
+  Fields(c.config)("query_dim", query_dim)("context_dim", context_dim)("num_heads", num_heads)(
+      "spatial_size", spatial_size);
+  nn::DiffusionCrossAttention layer(query_dim, context_dim, num_heads, spatial_size);
+  CheckLayer(c, backend, layer, c.With("param."), {"input", "context"}, kLayerTolerance, worst);
+}
+
+void RunFlashAttention(const Case& c, Backend backend, Worst& worst) {
+  int64_t length = 0, width = 0, heads = 0;
+  double scale = 0;
+  nn::FlashAttentionConfig o;
+  Fields(c.config)("sequence_length", length)("embedding_dimension", width)("head_count", heads)(
+      "use_causal_mask", o.use_causal_mask)("scale_factor", scale);
+  if (scale != 0) o.scale_factor = scale;
+  nn::FlashAttentionLayer layer(length, width, heads, o);
+  CheckLayer(c, backend, layer, c.With("param."), {"input"}, kLayerTolerance, worst);
+}
+
+void RunUNet(const Case& c, Backend backend, Worst& worst) {
+  auto unet = LoadUNet(c.folder);
+  CheckLayer(c, backend, *unet, unet->SaveParameters(),
+             {"sample", "timestep", "encoder_hidden_states", "encoder_attention_mask"},
+             kModelTolerance, worst);
+}
+
 // --- Schedulers.
 
 SchedulerConfig SchedulerOf(const Case& c, const std::string& type) {
@@ -403,6 +434,76 @@ void RunAddNoise(const Case& c, Backend backend, Worst& worst) {
                 c.At("output.alphas_cumprod"), kSchedulerTolerance);
 }
 
+// --- Training.
+
+Optimizer::Rule RuleOf(const json& config) {
+  std::string type = config.at("type");
+  if (type == "SGD") {
+    return Sgd{.momentum = config.value("momentum", 0.0),
+               .dampening = config.value("dampening", 0.0),
+               .weight_decay = config.value("weight_decay", 0.0),
+               .nesterov = config.value("nesterov", false)};
+  }
+  if (type != "AdamW") throw Unsupported{"optimizer " + type};
+  std::vector<double> betas = config.value("betas", std::vector<double>{0.9, 0.999});
+  return AdamW{.beta1 = betas.at(0),
+               .beta2 = betas.at(1),
+               .eps = config.value("eps", 1e-8),
+               .weight_decay = config.value("weight_decay", 0.01)};
+}
+
+void RunTrain(const Case& c, Backend backend, Worst& worst) {
+  const json& config = c.config.at("optimizer");
+  std::set<std::string> known{"type",     "lr",        "betas",    "eps",          "weight_decay",
+                              "momentum", "dampening", "nesterov", "max_grad_norm"};
+  for (const auto& [name, value] : config.items())
+    ASSERT_TRUE(known.count(name)) << "optimizer field `" << name << "`";
+  auto unet = LoadUNet(c.folder);
+  NoiseSchedule schedule(ParseSchedulerConfig(c.config.at("scheduler").dump(), "DDPMScheduler"));
+  std::vector<ParameterPtr> parameters = unet->NamedParameters();
+  std::map<std::string, Tensor> start;
+  for (const ParameterPtr& parameter : parameters)
+    start[parameter->name()] = parameter->value().Clone();
+  Optimizer optimizer(RuleOf(config), parameters, config.value("max_grad_norm", 0.0));
+
+  const std::vector<std::string> names{"sample", "noise", "timesteps", "encoder_hidden_states"};
+  ComputationGraph graph;
+  std::vector<Value> values;
+  for (const std::string& name : names)
+    values.push_back(graph.Input(name, c.At("input.0." + name).type()));
+  Value loss = DenoisingLoss(schedule, values[0], values[1], values[2], [&](Value noisy) {
+    std::vector<Value> inputs{noisy, values[2], values[3]};
+    return unet->ExportComputationGraph(graph, inputs)[0];
+  });
+  ExportTrainingStep(loss, optimizer, nullptr);
+  Executable executable(std::move(graph), backend);
+
+  int64_t steps = c.document.at("steps");
+  Tensor losses = c.At("output.losses").To(DType::kF64);
+  ASSERT_EQ(losses.elements(), steps);
+  for (int64_t step = 0; step < steps; ++step) {
+    std::vector<Tensor> inputs;
+    for (const std::string& name : names)
+      inputs.push_back(c.At(fmt::format("input.{}.{}", step, name)));
+    for (Tensor& input : optimizer.Inputs(step + 1, config.at("lr")))
+      inputs.push_back(std::move(input));
+    double expected = losses.data<double>()[step], actual = executable.Run(inputs)[0].Item();
+    EXPECT_LE(std::abs(actual - expected), kLossTolerance * std::abs(expected))
+        << "loss of step " << step;
+    worst.Note(fmt::format("loss of step {}", step), std::abs(actual - expected),
+               kLossTolerance * std::abs(expected));
+  }
+  Tensors expected = c.With("output.param.");
+  ASSERT_EQ(expected.size(), parameters.size());
+  for (const ParameterPtr& parameter : parameters) {
+    const std::string& name = parameter->name();
+    ASSERT_TRUE(expected.count(name)) << "the case has no output.param." << name;
+    double movement = LargestDifference(expected.at(name), start.at(name));
+    worst.Compare("output.param." + name, parameter->value(), expected.at(name),
+                  kMovementTolerance * movement);
+  }
+}
+
 // --- The tests.
 
 using Runner = void (*)(const Case&, Backend, Worst&);
@@ -416,6 +517,10 @@ const std::map<std::string, Runner> kRunners = {
     {"FeedForward", RunFeedForward},
     {"Timesteps", RunTimesteps},
     {"TimestepEmbedding", RunTimestepEmbedding},
+    {"DiffusionCrossAttention", RunDiffusionCrossAttention},
+    {"FlashAttentionLayer", RunFlashAttention},
+    {"UNet2DConditionModel", RunUNet},
+    {"train", RunTrain},
     {"scheduler", RunScheduler},
     {"add_noise", RunAddNoise},
 };
