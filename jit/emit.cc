@@ -39,26 +39,6 @@ llvm::Constant* Mask(llvm::LLVMContext& context, int width, int valid) {
 
 }  // namespace
 
-void MergeDims(std::vector<Dim>& dims) {
-  std::erase_if(dims, [](const Dim& d) { return d.extent == 1; });
-  for (size_t i = 0; i + 1 < dims.size();) {
-    Dim& outer = dims[i];
-    const Dim& inner = dims[i + 1];
-    bool fits = true;
-    for (size_t o = 0; o < outer.strides.size(); ++o) {
-      fits &= outer.strides[o] == inner.strides[o] * inner.extent;
-    }
-    if (!fits) {
-      ++i;
-      continue;
-    }
-    outer.extent *= inner.extent;
-    outer.strides = inner.strides;
-    dims.erase(dims.begin() + i + 1);
-    if (i > 0) --i;
-  }
-}
-
 int64_t Product(std::span<const int64_t> extents) {
   int64_t product = 1;
   for (int64_t extent : extents) product *= extent;

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "jit/contraction_plan.h"
 #include "jit/kernel.h"
 #include "jit/target.h"
 
@@ -26,14 +27,6 @@ std::unique_ptr<llvm::TargetMachine> CreateTargetMachine(const Target& target);
 void EmitKernel(const Target& target, llvm::Module& module, const std::string& name,
                 const KernelSpec& spec);
 
-// One loop dimension and the element strides of each operand along it.
-struct Dim {
-  int64_t extent = 1;
-  std::vector<int64_t> strides;
-};
-
-// Removes dimensions of extent 1 and merges neighbours that every operand walks as one.
-void MergeDims(std::vector<Dim>& dims);
 int64_t Product(std::span<const int64_t> extents);
 
 class Emitter {

@@ -4,9 +4,6 @@
 
 namespace calotype::jit {
 
-void EmitContraction(Emitter&, const ContractionSpec&) {
-  Fail<UnsupportedError>("contractions are not compiled yet");
-}
 void EmitAttention(Emitter&, const AttentionSpec&) {
   Fail<UnsupportedError>("attention is not compiled yet");
 }

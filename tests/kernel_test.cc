@@ -390,9 +390,10 @@ Case RandomReduce(Rng& rng, int64_t most) {
   for (int i = 0; i < inputs; ++i) {
     s.inputs.push_back(RandomOperand(rng, test, reference::Join(s.extents, s.reduced), false));
   }
-  // Exact on integers: a sum, a product or a maximum of the inputs.
-  s.program = inputs == 1 ? Identity() : Recorded(2, [&](auto& in) {
-    return rng.Chance(0.5) ? in[0] * in[1] : Max(in[0], in[1]);
+  // Exact on integers; without zeros of both signs among the candidates for a maximum.
+  bool product = s.kind == ReduceSpec::kSum && rng.Chance(0.5);
+  s.program = Recorded(inputs, [&](auto& in) {
+    return inputs == 1 ? in[0] : product ? in[0] * in[1] : Max(in[0], in[1]);
   });
   s.epilogue = RandomEpilogue(rng, test, s.extents);
   test.spec = s;
@@ -405,6 +406,105 @@ TEST_P(KernelTest, ReductionsAreExactOnIntegers) {
   for (int i = 0; i < 120; ++i) cases.push_back(RandomReduce(rng, 5000));
   for (int i = 0; i < 10; ++i) cases.push_back(RandomReduce(rng, 300'000));
   Check<ReduceSpec>(cases, 6);
+}
+
+// --- ContractionSpec
+
+void Plan(Case& test, const Operand& operand, const std::vector<int64_t>& extents) {
+  BufferPlan plan;
+  plan.elements = operand.offset + 1;
+  for (size_t d = 0; d < extents.size(); ++d) {
+    plan.elements += std::max<int64_t>(extents[d] - 1, 0) * operand.strides[d];
+  }
+  test.buffers.push_back(plan);
+}
+
+// y[m, n] = sum_k x[m, k] w[k, n] with each matrix in one of its two layouts.
+Case MatrixProduct(Rng& rng, int64_t m, int64_t n, int64_t k, bool plain) {
+  Case test;
+  ContractionSpec s;
+  s.m = {m};
+  s.n = n;
+  s.k = {k};
+  bool at = !plain && rng.Chance(0.3), bt = !plain && rng.Chance(0.3),
+       ct = !plain && rng.Chance(0.2);
+  s.a = {0, DType::kF32, 0, at ? Index{1, m} : Index{k, 1}};
+  Plan(test, s.a, {m, k});
+  s.b = {1, DType::kF32, 0, bt ? Index{0, 1, k} : Index{0, n, 1}};
+  Plan(test, s.b, {m, k, n});
+  s.epilogue = RandomEpilogue(rng, test, {m, n});
+  Operand& out = s.epilogue.outputs[0];
+  out.offset = 0;
+  out.strides = ct ? Index{1, m} : Index{n, 1};
+  test.buffers[out.pointer].elements = m * n;
+  test.spec = s;
+  return test;
+}
+
+// A convolution of x [B, H, W, C] by w [panels, kh, kw, C, N] to [B, h, w, panels, N].
+Case Convolution(Rng& rng, int64_t batch, int64_t rows, int64_t columns, int64_t in, int64_t panels,
+                 int64_t out, int64_t kernel, int64_t stride) {
+  Case test;
+  ContractionSpec s;
+  int64_t height = (rows - 1) * stride + kernel, width = (columns - 1) * stride + kernel;
+  s.m = {batch, panels, rows, columns};
+  s.n = out;
+  s.k = {kernel, kernel, in};
+  s.a = {0,
+         DType::kF32,
+         0,
+         {height * width * in, 0, stride * width * in, stride * in, width * in, in, 1}};
+  s.b = {1,
+         DType::kF32,
+         0,
+         {0, kernel * kernel * in * out, 0, 0, kernel * in * out, in * out, out, 1}};
+  std::vector<int64_t> all = {batch, panels, rows, columns, kernel, kernel, in, out};
+  Plan(test, s.a, {batch, panels, rows, columns, kernel, kernel, in});
+  Plan(test, s.b, all);
+  s.epilogue = RandomEpilogue(rng, test, {batch, panels, rows, columns, out});
+  test.spec = s;
+  return test;
+}
+
+// Any strides at all.
+Case RandomContraction(Rng& rng, int64_t most) {
+  Case test;
+  ContractionSpec s;
+  int64_t size = 1;
+  auto extent = [&] {
+    int64_t e = rng.Pick({1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 20, 33});
+    if (size * e > most) e = 1;
+    if (rng.Chance(0.005)) e = 0;
+    size *= std::max<int64_t>(e, 1);
+    return e;
+  };
+  for (int64_t i = rng.Between(0, 3); i > 0; --i) s.m.push_back(extent());
+  s.n = extent();
+  for (int64_t i = rng.Between(0, 3); i > 0; --i) s.k.push_back(extent());
+  s.a = RandomOperand(rng, test, reference::Join(s.m, s.k), false, 0.4, 0.3);
+  s.b =
+      RandomOperand(rng, test, reference::Join(reference::Join(s.m, s.k), {s.n}), false, 0.4, 0.4);
+  s.epilogue = RandomEpilogue(rng, test, reference::Join(s.m, {s.n}));
+  test.spec = s;
+  return test;
+}
+
+TEST_P(KernelTest, ContractionsAreExactOnIntegers) {
+  Rng rng(7);
+  std::vector<Case> cases;
+  for (int i = 0; i < 60; ++i) cases.push_back(RandomContraction(rng, 30'000));
+  for (int64_t m : {1, 2, 5, 6, 7, 12, 13, 25}) {
+    for (int64_t n : {1, 3, 8, 16, 17, 32, 47, 64}) {
+      cases.push_back(MatrixProduct(rng, m, n, rng.Between(1, 20), rng.Chance(0.5)));
+    }
+  }
+  cases.push_back(MatrixProduct(rng, 301, 77, 99, true));
+  cases.push_back(Convolution(rng, 2, 8, 8, 4, 1, 32, 3, 1));
+  cases.push_back(Convolution(rng, 1, 5, 7, 3, 2, 16, 3, 2));
+  cases.push_back(Convolution(rng, 3, 16, 16, 8, 2, 32, 3, 1));
+  cases.push_back(Convolution(rng, 2, 6, 6, 32, 1, 3, 3, 1));
+  cases.push_back(Convolution(rng, 1, 4, 4, 5, 3, 8, 1, 1));
+  Check<ContractionSpec>(cases, 8);
 }
 
 }  // namespace

@@ -1,0 +1,296 @@
+#include "jit/contraction_plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "core/error.h"
+
+namespace calotype::jit {
+
+void MergeDims(std::vector<Dim>& dims) {
+  std::erase_if(dims, [](const Dim& d) { return d.extent == 1; });
+  for (size_t i = 0; i + 1 < dims.size();) {
+    Dim& outer = dims[i];
+    const Dim& inner = dims[i + 1];
+    bool fits = true;
+    for (size_t o = 0; o < outer.strides.size(); ++o) {
+      fits &= outer.strides[o] == inner.strides[o] * inner.extent;
+    }
+    if (!fits) {
+      ++i;
+      continue;
+    }
+    outer.extent *= inner.extent;
+    outer.strides = inner.strides;
+    dims.erase(dims.begin() + static_cast<int64_t>(i) + 1);
+    if (i > 0) --i;
+  }
+}
+
+int64_t ContractionPlan::Units() const {
+  int64_t units = Blocks();
+  for (int d : outer) units *= Tiles(d);
+  for (int d : panels) units *= Tiles(d);
+  return units;
+}
+
+namespace {
+
+constexpr int kMostRows = 14, kMostVectors = 6;
+constexpr int64_t kBlockFloats =
+    48 * 1024;  // of the broadcast operand in one unit: half a small L2
+
+void Arrange(const ContractionSpec& spec, ContractionPlan& plan) {
+  size_t m = spec.m.size(), k = spec.k.size();
+  const Epilogue& epilogue = spec.epilogue;
+  Check<InternalError>(spec.a.strides.size() == m + k && spec.b.strides.size() == m + k + 1,
+                       "contraction kernel: {} and {} strides for {} + {} dimensions",
+                       spec.a.strides.size(), spec.b.strides.size(), m, k);
+  for (size_t d = 0; d <= m; ++d) {
+    Dim dim;
+    dim.extent = d < m ? spec.m[d] : spec.n;
+    dim.strides = {d < m ? spec.a.strides[d] : 0, spec.b.strides[d < m ? d : m + k]};
+    for (const auto* operands : {&epilogue.operands, &epilogue.outputs}) {
+      for (const Operand& operand : *operands) {
+        Check<InternalError>(
+            operand.strides.size() == m + 1,
+            "contraction kernel: epilogue operand with {} strides for {} dimensions",
+            operand.strides.size(), m + 1);
+        dim.strides.push_back(operand.strides[d]);
+      }
+    }
+    plan.out.push_back(std::move(dim));
+  }
+  for (size_t d = 0; d < k; ++d) {
+    plan.sum.push_back({spec.k[d], {spec.a.strides[m + d], spec.b.strides[m + d]}});
+  }
+  size_t output = 2 + epilogue.operands.size();
+  std::erase_if(plan.out, [](const Dim& d) { return d.extent == 1; });
+  std::stable_sort(plan.out.begin(), plan.out.end(), [&](const Dim& x, const Dim& y) {
+    return std::abs(x.strides[output]) > std::abs(y.strides[output]);
+  });
+  std::erase_if(plan.sum, [](const Dim& d) { return d.extent == 1; });
+  std::stable_sort(plan.sum.begin(), plan.sum.end(), [](const Dim& x, const Dim& y) {
+    return std::abs(x.strides[0]) + std::abs(x.strides[1]) >
+           std::abs(y.strides[0]) + std::abs(y.strides[1]);
+  });
+  MergeDims(plan.out);
+  MergeDims(plan.sum);
+  if (plan.sum.empty()) plan.sum.push_back({1, {0, 0}});
+}
+
+// Estimates the time of a choice of lanes and tile in units of one vector multiply-add.
+class CostModel {
+ public:
+  CostModel(const ContractionSpec& spec, const ContractionPlan& plan, const Target& target)
+      : spec_(spec), plan_(plan), target_(target), width_(target.vector_width) {
+    for (const Dim& d : plan.sum) depth_ *= static_cast<double>(d.extent);
+  }
+
+  int RegisterLimit() const {
+    return target_.vector_registers - (target_.vector_registers > 16 ? 2 : 1);
+  }
+
+  struct Rows {
+    int dim1 = -1, dim2 = -1;
+    int64_t size1 = 1, size2 = 1;
+  };
+
+  // How many different loads of operand o (0: a, 1: b) one step of the sum needs.
+  int64_t Loads(int o, int lane, int64_t vectors, const Rows& rows) const {
+    int64_t loads = lane >= 0 && plan_.out[lane].strides[o] != 0 ? vectors : 1;
+    if (rows.dim1 >= 0 && plan_.out[rows.dim1].strides[o] != 0) loads *= rows.size1;
+    if (rows.dim2 >= 0 && plan_.out[rows.dim2].strides[o] != 0) loads *= rows.size2;
+    return loads;
+  }
+  bool Fits(int lane, int64_t vectors, const Rows& rows) const {
+    int64_t held = std::min(Loads(0, lane, vectors, rows), Loads(1, lane, vectors, rows));
+    int64_t live = vectors * rows.size1 * rows.size2 + held + (target_.fma ? 1 : 2);
+    return live <= RegisterLimit();
+  }
+
+  double Cost(int lane, int sum_lane, int64_t vectors, const Rows& rows) const {
+    double total = 0;
+    int instances = 0;
+    auto parts = [](int64_t extent, int64_t size) {
+      return std::vector<std::pair<int64_t, int64_t>>{{extent / size, size}, {1, extent % size}};
+    };
+    int64_t lane_vectors = lane < 0 ? 1 : (plan_.out[lane].extent + width_ - 1) / width_;
+    int64_t extent1 = rows.dim1 < 0 ? 1 : plan_.out[rows.dim1].extent;
+    int64_t extent2 = rows.dim2 < 0 ? 1 : plan_.out[rows.dim2].extent;
+    for (auto [count0, size0] : parts(lane_vectors, vectors)) {
+      for (auto [count1, size1] : parts(extent1, rows.size1)) {
+        for (auto [count2, size2] : parts(extent2, rows.size2)) {
+          int64_t count = count0 * count1 * count2;
+          if (count == 0 || size0 * size1 * size2 == 0) continue;
+          ++instances;
+          total += static_cast<double>(count) *
+                   TileCost(lane, sum_lane, size0, {rows.dim1, rows.dim2, size1, size2});
+        }
+      }
+    }
+    for (int d = 0; d < static_cast<int>(plan_.out.size()); ++d) {
+      if (d != lane && d != rows.dim1 && d != rows.dim2) {
+        total *= static_cast<double>(plan_.out[d].extent);
+      }
+    }
+    return total * (1 + 0.01 * instances);  // code is not free
+  }
+
+ private:
+  double TileCost(int lane, int sum_lane, int64_t vectors, const Rows& rows) const {
+    double elements = static_cast<double>(vectors * rows.size1 * rows.size2);
+    const Dim& along = lane >= 0 ? plan_.out[lane] : plan_.sum[sum_lane];
+    double loads = 0, traffic = 0;
+    for (int o : {0, 1}) {
+      int64_t stride = along.strides[o];
+      double count = static_cast<double>(Loads(o, lane, vectors, rows));
+      loads += count * (stride == 0 || stride == 1 ? 1.0 : 1.3 * width_);
+      // A vector is a cache line that often comes from L2; a broadcast reads a part of one. Rows of
+      // vectors (several panels at once) are streams that compete for the same cache sets.
+      traffic += stride == 0 ? 0.05 * count : 0.25 * count;
+      if (stride != 0) traffic += 0.5 * (count / static_cast<double>(lane < 0 ? 1 : vectors) - 1);
+    }
+    // Eight independent chains hide the latency of a multiply-add.
+    double step = std::max({elements * (target_.fma ? 1.0 : 1.5), loads, 8.0}) + traffic;
+    double steps = depth_;
+    if (lane < 0) {
+      double extent = static_cast<double>(std::max<int64_t>(along.extent, 1));
+      steps *= static_cast<double>((along.extent + width_ - 1) / width_) / extent;
+    }
+    double epilogue = 1 + 0.5 * static_cast<double>(spec_.epilogue.program.code.size());
+    size_t operands = plan_.out.empty() ? 0 : plan_.out[0].strides.size();
+    for (size_t o = 2; o < operands; ++o) {
+      bool easy = lane < 0 || along.strides[o] == 0 || along.strides[o] == 1;
+      epilogue += easy ? 1.0 : 2.0 * width_;
+    }
+    if (lane < 0) epilogue += 12;
+    return steps * step + 30 + elements * epilogue;
+  }
+
+  const ContractionSpec& spec_;
+  const ContractionPlan& plan_;
+  const Target& target_;
+  int width_;
+  double depth_ = 1;
+};
+
+void ChooseTile(const ContractionSpec& spec, const Target& target, ContractionPlan& plan) {
+  CostModel model(spec, plan, target);
+  int dims = static_cast<int>(plan.out.size());
+  double best = -1;
+  int best_lane = -1, best_sum_lane = 0;
+  int64_t best_vectors = 1;
+  CostModel::Rows best_rows;
+  auto consider = [&](int lane, int sum_lane, int64_t vectors, const CostModel::Rows& rows) {
+    double cost = model.Cost(lane, sum_lane, vectors, rows);
+    if (best >= 0 && cost >= best) return;
+    best = cost;
+    best_lane = lane;
+    best_sum_lane = sum_lane;
+    best_vectors = vectors;
+    best_rows = rows;
+  };
+  auto with_rows = [&](int lane, int sum_lane, int64_t vectors) {
+    if (!model.Fits(lane, vectors, {})) return;
+    consider(lane, sum_lane, vectors, {});
+    for (int d1 = dims - 1; d1 >= 0; --d1) {
+      if (d1 == lane) continue;
+      for (int64_t t1 = std::min<int64_t>(plan.out[d1].extent, kMostRows); t1 > 1; --t1) {
+        CostModel::Rows rows{d1, -1, t1, 1};
+        if (!model.Fits(lane, vectors, rows)) continue;
+        consider(lane, sum_lane, vectors, rows);
+        for (int d2 = d1 - 1; d2 >= 0; --d2) {
+          if (d2 == lane) continue;
+          for (int64_t t2 = std::min<int64_t>(plan.out[d2].extent, kMostRows); t2 > 1; --t2) {
+            rows.dim2 = d2;
+            rows.size2 = t2;
+            if (model.Fits(lane, vectors, rows)) consider(lane, sum_lane, vectors, rows);
+          }
+        }
+      }
+    }
+  };
+  for (int lane = dims - 1; lane >= 0; --lane) {
+    int64_t most = (plan.out[lane].extent + target.vector_width - 1) / target.vector_width;
+    for (int64_t v = 1; v <= std::min<int64_t>(most, kMostVectors); ++v) with_rows(lane, 0, v);
+  }
+  for (int k = static_cast<int>(plan.sum.size()) - 1; k >= 0; --k) with_rows(-1, k, 1);
+
+  plan.lane = best_lane;
+  plan.vectors = static_cast<int>(best_vectors);
+  plan.tile.assign(dims, 1);
+  if (best_rows.dim1 >= 0) plan.tile[best_rows.dim1] = best_rows.size1;
+  if (best_rows.dim2 >= 0) plan.tile[best_rows.dim2] = best_rows.size2;
+  if (best_lane >= 0) {
+    plan.tile[best_lane] = best_vectors * target.vector_width;
+  } else {
+    std::rotate(plan.sum.begin() + best_sum_lane, plan.sum.begin() + best_sum_lane + 1,
+                plan.sum.end());
+  }
+}
+
+// Order of the tiles: a panel of the operand that lies in the lanes stays in cache while the tiles
+// of a block of the other operand pass by; the block stays while the next panels pass by.
+void ChooseOrder(int64_t chunks, ContractionPlan& plan) {
+  int streamed = plan.lane < 0 || plan.out[plan.lane].strides[1] != 0 ? 1 : 0;
+  int other = 1 - streamed;
+  std::vector<int> free;
+  for (int d = 0; d < static_cast<int>(plan.out.size()); ++d) {
+    if (d == plan.lane || (plan.out[d].strides[streamed] != 0 && plan.tile[d] > 1)) {
+      plan.panels.push_back(d);
+    } else if (plan.out[d].strides[streamed] != 0) {
+      plan.outer.push_back(d);
+    } else {
+      free.push_back(d);
+    }
+  }
+  int64_t enough = chunks == 1 ? 1 : 4 * chunks;
+  int64_t units = 1, panels = 1;
+  for (int d : plan.outer) units *= plan.Tiles(d);
+  for (int d : plan.panels) panels *= plan.Tiles(d);
+  units *= panels;
+  for (int d : free) units *= plan.Tiles(d);
+  // From the innermost outwards, dimensions join the block while it stays small and units stay
+  // many.
+  int64_t floats = 1;
+  for (const Dim& d : plan.sum) floats += (d.extent - 1) * std::abs(d.strides[other]);
+  while (!free.empty()) {
+    int d = free.back();
+    int64_t tiles = plan.Tiles(d), stride = std::abs(plan.out[d].strides[other]);
+    int64_t span = floats + (plan.out[d].extent - 1) * stride;
+    bool small = panels == 1 || span <= kBlockFloats;
+    if (small && units / std::max<int64_t>(tiles, 1) >= enough) {
+      plan.inner.insert(plan.inner.begin(), d);
+      units /= std::max<int64_t>(tiles, 1);
+      floats = span;
+      free.pop_back();
+      continue;
+    }
+    // Not all of it: as many tiles as fit.
+    int64_t most = units / std::max<int64_t>(enough, 1);
+    if (panels > 1 && stride > 0) {
+      most = std::min(most, (kBlockFloats - floats) / (stride * plan.tile[d]));
+    }
+    most = std::clamp<int64_t>(most, 1, tiles);
+    if (most > 1) {
+      plan.inner.insert(plan.inner.begin(), d);
+      plan.block = most;
+      free.pop_back();
+    }
+    break;
+  }
+  plan.outer.insert(plan.outer.end(), free.begin(), free.end());
+}
+
+}  // namespace
+
+ContractionPlan PlanContraction(const ContractionSpec& spec, const Target& target) {
+  ContractionPlan plan;
+  Arrange(spec, plan);
+  ChooseTile(spec, target, plan);
+  ChooseOrder(std::max<int64_t>(Chunks(KernelSpec(spec)), 1), plan);
+  return plan;
+}
+
+}  // namespace calotype::jit

@@ -1,0 +1,250 @@
+// ContractionSpec: register tiles of accumulators over all of the sum, then the epilogue in
+// registers. In each step of the sum the tile loads every element of a and b that it needs once
+// (broadcast where the operand does not move along the lanes) and multiplies them pairwise into the
+// accumulators.
+#include <algorithm>
+#include <map>
+
+#include "core/error.h"
+#include "jit/emit.h"
+
+namespace calotype::jit {
+
+namespace {
+
+using Value = llvm::Value;
+using Values = std::vector<Value*>;
+
+class ContractionEmitter {
+ public:
+  ContractionEmitter(Emitter& e, const ContractionSpec& spec)
+      : e_(e), spec_(spec), plan_(PlanContraction(spec, e.target)), width_(e.target.vector_width) {
+    operands_ = {&spec.a, &spec.b};
+    for (const Operand& o : spec.epilogue.operands) operands_.push_back(&o);
+    for (const Operand& o : spec.epilogue.outputs) operands_.push_back(&o);
+  }
+
+  void Emit() {
+    auto [first, last] = e_.Units(plan_.Units(), Chunks(KernelSpec(spec_)));
+    e_.For(first, last, 1, [&](Value* unit) { EmitUnit(unit); });
+  }
+
+ private:
+  // What one tile covers of each output dimension, less than plan_.tile at the border.
+  using Sizes = std::vector<int64_t>;
+
+  Values Advanced(Values pointers, const Dim& dim, Value* index, int64_t scale = 1) {
+    for (size_t o = 0; o < dim.strides.size(); ++o) {
+      pointers[o] = e_.At(pointers[o], operands_[o]->dtype, index, dim.strides[o] * scale);
+    }
+    return pointers;
+  }
+
+  void EmitUnit(Value* unit) {
+    std::vector<int64_t> extents;
+    for (int d : plan_.outer) extents.push_back(plan_.Tiles(d));
+    if (plan_.block > 0) extents.push_back(plan_.Blocks());
+    for (int d : plan_.panels) extents.push_back(plan_.Tiles(d));
+    Values index = e_.Unflatten(unit, extents);
+    size_t next = 0;
+    std::vector<std::pair<int, Value*>> bound;
+    for (int d : plan_.outer) bound.emplace_back(d, index[next++]);
+    Value* block = plan_.block > 0 ? index[next++] : nullptr;
+    for (int d : plan_.panels) bound.emplace_back(d, index[next++]);
+    Values pointers;
+    for (const Operand* operand : operands_) pointers.push_back(e_.Base(*operand));
+    EmitBound(bound, 0, block, pointers, Sizes(plan_.out.size(), 1));
+  }
+
+  // Dimensions whose tile number comes from the unit.
+  void EmitBound(const std::vector<std::pair<int, Value*>>& bound, size_t level, Value* block,
+                 const Values& pointers, Sizes sizes) {
+    if (level == bound.size()) return EmitInner(0, block, pointers, sizes);
+    auto [d, number] = bound[level];
+    const Dim& dim = plan_.out[d];
+    int64_t full = dim.extent / plan_.tile[d], rest = dim.extent % plan_.tile[d];
+    auto emit = [&](int64_t size) {
+      sizes[d] = size;
+      EmitBound(bound, level + 1, block, Advanced(pointers, dim, number, plan_.tile[d]), sizes);
+    };
+    if (rest == 0) return emit(plan_.tile[d]);
+    if (full == 0) return emit(rest);
+    e_.If(e_.b.CreateICmpSLT(number, e_.I64(full)), [&] { emit(plan_.tile[d]); });
+    e_.If(e_.b.CreateICmpEQ(number, e_.I64(full)), [&] { emit(rest); });
+  }
+
+  // Dimensions that run inside the unit.
+  void EmitInner(size_t level, Value* block, const Values& pointers, Sizes sizes) {
+    if (level == plan_.inner.size()) return EmitTile(pointers, sizes);
+    int d = plan_.inner[level];
+    const Dim& dim = plan_.out[d];
+    int64_t full = dim.extent / plan_.tile[d], rest = dim.extent % plan_.tile[d];
+    Value *first = e_.I64(0), *last = e_.I64(full);
+    Value* has_rest = e_.b.getTrue();
+    if (level == 0 && block) {
+      first = e_.Mul(block, plan_.block);
+      last = e_.Min(last, e_.Add(first, e_.I64(plan_.block)));
+      has_rest = e_.b.CreateICmpEQ(block, e_.I64(plan_.Blocks() - 1));
+    }
+    if (full > 0) {
+      sizes[d] = plan_.tile[d];
+      e_.For(first, last, 1, [&](Value* number) {
+        EmitInner(level + 1, block, Advanced(pointers, dim, number, plan_.tile[d]), sizes);
+      });
+    }
+    if (rest > 0) {
+      sizes[d] = rest;
+      e_.If(has_rest, [&] {
+        EmitInner(level + 1, block, Advanced(pointers, dim, e_.I64(full), plan_.tile[d]), sizes);
+      });
+    }
+  }
+
+  // One accumulator: its place in the tile, and where its elements of a and b are.
+  struct Element {
+    std::vector<int64_t> index;  // of each output dimension, relative to the tile
+    int64_t offset[2];           // of a and b, in elements
+    int valid;                   // lanes in use
+  };
+
+  std::vector<Element> Elements(const Sizes& sizes) const {
+    std::vector<Element> elements;
+    std::vector<int64_t> steps(sizes.size(), 1);
+    if (plan_.lane >= 0) steps[plan_.lane] = width_;
+    std::vector<int64_t> index(sizes.size(), 0);
+    for (;;) {
+      Element element{index, {0, 0}, width_};
+      for (size_t d = 0; d < sizes.size(); ++d) {
+        for (int o : {0, 1}) element.offset[o] += index[d] * plan_.out[d].strides[o];
+      }
+      if (plan_.lane >= 0) {
+        int64_t left = sizes[plan_.lane] - index[plan_.lane];
+        element.valid = static_cast<int>(std::min<int64_t>(left, width_));
+      }
+      elements.push_back(element);
+      size_t d = sizes.size();
+      while (d > 0 && (index[d - 1] += steps[d - 1]) >= sizes[d - 1]) index[--d] = 0;
+      if (d == 0) return elements;
+    }
+  }
+
+  void EmitTile(const Values& pointers, const Sizes& sizes) {
+    std::vector<Element> elements = Elements(sizes);
+    Values sums(elements.size(), e_.Splat(0.0, width_));
+    sums = EmitSum(0, pointers[0], pointers[1], sums, elements);
+    if (plan_.lane < 0) {
+      for (Value*& sum : sums) {
+        sum = e_.Horizontal(sum, width_, [&](Value* x, Value* y) { return e_.b.CreateFAdd(x, y); });
+      }
+    }
+    EmitEpilogue(pointers, sums, elements);
+  }
+
+  Values EmitSum(size_t level, Value* a, Value* b, const Values& sums,
+                 const std::vector<Element>& elements) {
+    const Dim& dim = plan_.sum[level];
+    auto at = [&](Value* index, int64_t scale) {
+      return std::pair(e_.At(a, spec_.a.dtype, index, dim.strides[0] * scale),
+                       e_.At(b, spec_.b.dtype, index, dim.strides[1] * scale));
+    };
+    if (level + 1 < plan_.sum.size()) {
+      return e_.Fold(dim.extent, sums, [&](Value* index, const Values& now) {
+        auto [x, y] = at(index, 1);
+        return EmitSum(level + 1, x, y, now, elements);
+      });
+    }
+    int64_t width = plan_.lane < 0 ? width_ : 1;  // summed elements of one step
+    int64_t steps = dim.extent / width, rest = dim.extent % width;
+    int64_t unroll = steps <= 4 ? std::max<int64_t>(steps, 1) : elements.size() <= 8 ? 4 : 2;
+    Values now = e_.Fold(steps / unroll, sums, [&](Value* index, const Values& before) {
+      Values after = before;
+      auto [x, y] = at(index, unroll * width);
+      for (int64_t u = 0; u < unroll; ++u) {
+        Step(e_.At(x, spec_.a.dtype, u * width * dim.strides[0]),
+             e_.At(y, spec_.b.dtype, u * width * dim.strides[1]), after, elements, width_);
+      }
+      return after;
+    });
+    for (int64_t s = steps / unroll * unroll; s < steps; ++s) {
+      auto [x, y] = at(e_.I64(s), width);
+      Step(x, y, now, elements, width_);
+    }
+    if (rest > 0) {
+      auto [x, y] = at(e_.I64(steps), width);
+      Step(x, y, now, elements, static_cast<int>(rest));
+    }
+    return now;
+  }
+
+  // sums += a * b for one step of the sum. `valid`: lanes of the step if they lie along the sum.
+  void Step(Value* a, Value* b, Values& sums, const std::vector<Element>& elements, int valid) {
+    Value* base[] = {a, b};
+    DType dtype[] = {spec_.a.dtype, spec_.b.dtype};
+    std::map<int64_t, Value*> loaded[2];
+    const Dim& along = plan_.lane < 0 ? plan_.sum.back() : plan_.out[plan_.lane];
+    auto load = [&](int o, const Element& element) {
+      Value*& value = loaded[o][element.offset[o]];
+      if (!value) {
+        int64_t stride = along.strides[o];
+        int lanes = plan_.lane < 0 ? valid : stride == 0 ? width_ : element.valid;
+        value =
+            e_.Load(e_.At(base[o], dtype[o], element.offset[o]), dtype[o], stride, width_, lanes);
+      }
+      return value;
+    };
+    for (size_t i = 0; i < elements.size(); ++i) {
+      Value* x = load(0, elements[i]);
+      sums[i] = e_.MultiplyAdd(x, load(1, elements[i]), sums[i]);
+    }
+  }
+
+  void EmitEpilogue(const Values& pointers, const Values& sums,
+                    const std::vector<Element>& elements) {
+    const Epilogue& epilogue = spec_.epilogue;
+    int width = plan_.lane < 0 ? 1 : width_;
+    std::map<std::pair<size_t, int64_t>, Value*> loaded;
+    for (size_t i = 0; i < elements.size(); ++i) {
+      const Element& element = elements[i];
+      int valid = plan_.lane < 0 ? 1 : element.valid;
+      auto stride = [&](size_t o) { return plan_.lane < 0 ? 0 : plan_.out[plan_.lane].strides[o]; };
+      auto offset = [&](size_t o) {
+        int64_t offset = 0;
+        for (size_t d = 0; d < element.index.size(); ++d) {
+          offset += element.index[d] * plan_.out[d].strides[o];
+        }
+        return offset;
+      };
+      Values in = {sums[i]};
+      size_t o = 2;
+      for (size_t j = 0; j < epilogue.operands.size(); ++j, ++o) {
+        // What is the same for several rows (a bias) is loaded once.
+        Value*& value = loaded[{o, offset(o)}];
+        DType dtype = operands_[o]->dtype;
+        if (!value) {
+          int lanes = stride(o) == 0 ? width : valid;
+          value = e_.Load(e_.At(pointers[o], dtype, offset(o)), dtype, stride(o), width, lanes);
+        }
+        in.push_back(value);
+      }
+      Values out = e_.Program(epilogue.program, in, width);
+      for (size_t r = 0; r < out.size(); ++r, ++o) {
+        DType dtype = operands_[o]->dtype;
+        e_.Store(out[r], e_.At(pointers[o], dtype, offset(o)), dtype, stride(o), width, valid);
+      }
+    }
+  }
+
+  Emitter& e_;
+  const ContractionSpec& spec_;
+  ContractionPlan plan_;
+  int width_;
+  std::vector<const Operand*> operands_;
+};
+
+}  // namespace
+
+void EmitContraction(Emitter& e, const ContractionSpec& spec) {
+  ContractionEmitter(e, spec).Emit();
+}
+
+}  // namespace calotype::jit
