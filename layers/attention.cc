@@ -106,6 +106,8 @@ Value Attention::PrepareMask(Value mask, int64_t batch, int64_t tokens, int64_t 
   if (!mask.defined()) return mask;
   Check<ShapeError>(mask.rank() == 3, "{}: attention_mask {} must be [B, 1 or T, S]", Describe(),
                     mask.shape());
+  // Masks are chosen, not learned; their gradient would be as large as the scores.
+  mask = StopGradient(mask);
   Shape given = mask.shape();
   if (given[2] != keys) mask = Pad(mask, {0, 0, 0}, {0, 0, keys});
   bool per_head = given[0] == batch * options_.heads && options_.heads > 1;

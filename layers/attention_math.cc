@@ -33,8 +33,8 @@ ExplicitAttentionResult ExplicitAttention(Value q, Value k, Value v, int64_t hea
     Check(options.seed.defined(), "attention: a dropout of {} needs a seed", options.dropout);
     auto drop = static_cast<float>(options.dropout);
     Value keep = LessOrEqual(q.graph->Constant(drop),
-                             PhiloxUniform(options.seed, weights.shape(), /*stream=*/0));
-    used = weights * keep * (1 / (1 - drop));
+                             PhiloxUniform(options.seed, weights.shape(), options.stream));
+    used = weights * (keep / (1 - drop));
   }
   Value out = Permute(MatMul(used, SplitHeads(v, heads)), {0, 2, 1, 3});
   return {Reshape(out, {q.dim(0), tokens, v.dim(2)}), weights};

@@ -12,6 +12,7 @@ struct ExplicitAttentionResult {
 struct ExplicitAttentionOptions {
   bool causal = false;  // query i sees keys j <= i
   double dropout = 0;   // drops weights with the mask that the fused Attention op draws
+  int64_t stream = 0;   // of the random numbers
   Value seed = {};      // i64[1], needed for a dropout
 };
 // The same function as the fused Attention op in plain ops; stores the L x S weights. q [B, L,

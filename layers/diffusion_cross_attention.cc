@@ -61,7 +61,9 @@ std::vector<Value> DiffusionCrossAttention::ExportComputationGraph(ComputationGr
   AttentionOptions options{
       .heads = num_heads_,
       .scale = 1 / std::sqrt(static_cast<double>(query_dim_) / static_cast<double>(num_heads_))};
-  Value y = Attention(to_q_->Call(tokens), to_k_->Call(context), to_v_->Call(context), options).out;
+  Value y =
+      calotype::Attention(to_q_->Call(tokens), to_k_->Call(context), to_v_->Call(context), options)
+          .out;
   y = to_out_->Call(y);
   return {picture ? TokensToPicture(y, x.dim(2), x.dim(3)) : y};
 }

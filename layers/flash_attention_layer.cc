@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "core/random.h"
 #include "graph/functions.h"
 #include "layers/activation.h"
 #include "layers/attention_math.h"
@@ -58,14 +59,16 @@ std::vector<Value> FlashAttentionLayer::ExportComputationGraph(ComputationGraph&
                     embedding_dimension_, embedding_dimension_);
   Value seed = drops() ? Required(inputs, 1, "seed, for dropout in training") : Value{};
   double dropout = drops() ? config_.dropout_probability : 0;
+  // Layers of one model that share a seed drop different weights.
+  auto stream = drops() ? static_cast<int64_t>(StreamOf(path()) >> 1) : 0;
 
   Value tokens = picture ? PictureToTokens(x) : x;
   Value q = to_q_->Call(tokens), k = to_k_->Call(tokens), v = to_v_->Call(tokens);
   Value y, weights;
   if (config_.return_attention_weights || (training() && !config_.recompute_in_backward)) {
-    auto result =
-        ExplicitAttention(q, k, v, head_count_, scale_, {},
-                          {.causal = config_.use_causal_mask, .dropout = dropout, .seed = seed});
+    auto result = ExplicitAttention(
+        q, k, v, head_count_, scale_, {},
+        {.causal = config_.use_causal_mask, .dropout = dropout, .stream = stream, .seed = seed});
     y = result.out;
     weights = result.weights;
   } else {
@@ -73,9 +76,10 @@ std::vector<Value> FlashAttentionLayer::ExportComputationGraph(ComputationGraph&
                              .scale = scale_,
                              .causal = config_.use_causal_mask,
                              .dropout = dropout,
+                             .stream = stream,
                              .block_q = config_.block_size_q,
                              .block_kv = config_.block_size_kv};
-    y = Attention(q, k, v, options, {}, seed).out;
+    y = calotype::Attention(q, k, v, options, {}, seed).out;
   }
   y = Activate(activation_, to_out_->Call(y));
   if (picture) y = TokensToPicture(y, x.dim(2), x.dim(3));

@@ -1,0 +1,86 @@
+#include "models/caption_encoder.h"
+
+#include "graph/functions.h"
+#include "models/json_fields.h"
+
+namespace calotype {
+
+CaptionEncoderConfig CaptionEncoderConfig::FromJson(std::string_view text) {
+  CaptionEncoderConfig c;
+  JsonFields fields("CaptionEncoder", text);
+  std::string class_name = "CaptionEncoder";
+  fields.Read("_class_name", class_name);
+  Check<UnsupportedError>(class_name == "CaptionEncoder", "CaptionEncoder: _class_name is '{}'",
+                          class_name);
+  fields.Read("vocabulary", c.vocabulary);
+  fields.Read("max_length", c.max_length);
+  fields.Read("hidden_size", c.hidden_size);
+  fields.Read("num_layers", c.num_layers);
+  fields.Read("num_attention_heads", c.num_attention_heads);
+  fields.Read("final_layer_norm", c.final_layer_norm);
+  fields.CheckAllRead();
+  c.Validate();
+  return c;
+}
+
+std::string CaptionEncoderConfig::ToJson() const {
+  nlohmann::json json = {{"_class_name", "CaptionEncoder"},
+                         {"vocabulary", vocabulary},
+                         {"max_length", max_length},
+                         {"hidden_size", hidden_size},
+                         {"num_layers", num_layers},
+                         {"num_attention_heads", num_attention_heads},
+                         {"final_layer_norm", final_layer_norm}};
+  return json.dump(2) + "\n";
+}
+
+void CaptionEncoderConfig::Validate() const {
+  Tokenizer();
+  Check(hidden_size > 0, "CaptionEncoder: field 'hidden_size' is {}, must be positive",
+        hidden_size);
+  Check(num_layers >= 0, "CaptionEncoder: field 'num_layers' is {}, must not be negative",
+        num_layers);
+  Check(num_attention_heads > 0 && hidden_size % num_attention_heads == 0,
+        "CaptionEncoder: num_attention_heads {} must divide hidden_size {}", num_attention_heads,
+        hidden_size);
+}
+
+CaptionEncoder::CaptionEncoder(const CaptionEncoderConfig& config)
+    : Layer("CaptionEncoder"), config_(config) {
+  const CaptionEncoderConfig& c = config_;
+  c.Validate();
+  token_embedding_ = AddLayer<nn::Embedding>(
+      "token_embedding",
+      nn::Embedding::Options{static_cast<int64_t>(c.vocabulary.size()), c.hidden_size});
+  position_embedding_ = AddLayer<nn::Embedding>(
+      "position_embedding", nn::Embedding::Options{c.max_length, c.hidden_size});
+  for (int64_t i = 0; i < c.num_layers; ++i) {
+    blocks_.push_back(AddLayer<nn::BasicTransformerBlock>(
+        fmt::format("blocks.{}", i),
+        nn::BasicTransformerBlock::Options{
+            .dim = c.hidden_size,
+            .num_attention_heads = c.num_attention_heads,
+            .attention_head_dim = c.hidden_size / c.num_attention_heads}));
+  }
+  if (c.final_layer_norm) {
+    final_layer_norm_ =
+        AddLayer<nn::LayerNorm>("final_layer_norm", nn::LayerNorm::Options{c.hidden_size});
+  }
+}
+
+std::vector<Value> CaptionEncoder::ExportComputationGraph(ComputationGraph& graph,
+                                                          std::span<const Value> inputs) {
+  Value ids = Required(inputs, 0, "ids");
+  Check<ShapeError>(ids.rank() == 2 && ids.dim(1) > 0 && ids.dim(1) <= config_.max_length,
+                    "{}: ids {} must be [B, T] with T from 1 to {}", Describe(), ids.shape(),
+                    config_.max_length);
+  std::vector<int64_t> positions;
+  for (int64_t i = 0; i < ids.dim(1); ++i) positions.push_back(i);
+  Value x = token_embedding_->Call(ids) +
+            position_embedding_->Call(graph.Constant(Tensor::From({ids.dim(1)}, positions)));
+  for (auto* block : blocks_) x = block->Call(x);
+  if (final_layer_norm_) x = final_layer_norm_->Call(x);
+  return {x};
+}
+
+}  // namespace calotype

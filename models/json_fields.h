@@ -1,0 +1,112 @@
+// Reading a flat JSON object field by field: every field has a type, none is overlooked.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/error.h"
+
+namespace calotype {
+
+class JsonFields {
+ public:
+  // `owner` names the configuration in messages. Errors: ValueError if `text` is not a JSON object.
+  JsonFields(std::string_view owner, std::string_view text) : owner_(owner) {
+    try {
+      object_ = nlohmann::json::parse(text);
+    } catch (const nlohmann::json::exception& error) {
+      Fail("{}: the configuration is not JSON: {}", owner_, error.what());
+    }
+    Check(object_.is_object(), "{}: the configuration must be a JSON object", owner_);
+  }
+
+  // Sets `value` if the field is there. Errors: ValueError for another type of value.
+  template <class T>
+  void Read(const std::string& name, T& value) {
+    const nlohmann::json* field = Take(name);
+    if (field) Convert(name, *field, value);
+  }
+  // A field that may be null.
+  template <class T>
+  void Read(const std::string& name, std::optional<T>& value) {
+    const nlohmann::json* field = Take(name);
+    if (!field) return;
+    value.reset();
+    if (!field->is_null()) Convert(name, *field, value.emplace());
+  }
+  // A list, or one value that stands for a list of one.
+  template <class T>
+  void ReadOneOrMany(const std::string& name, std::vector<T>& values) {
+    const nlohmann::json* field = Take(name);
+    if (!field) return;
+    values.clear();
+    if (field->is_array()) {
+      for (const nlohmann::json& item : *field) {
+        T value;
+        Convert(name, item, value);
+        values.push_back(value);
+      }
+      Check(!values.empty(), "{}: field '{}' must not be an empty list", owner_, name);
+    } else {
+      T value;
+      Convert(name, *field, value);
+      values.push_back(value);
+    }
+  }
+  // A known field that is supported with this one value only. Errors: UnsupportedError naming it.
+  void Only(const std::string& name, const nlohmann::json& supported) {
+    const nlohmann::json* field = Take(name);
+    Check<UnsupportedError>(!field || *field == supported,
+                            "{}: field '{}' is {}; only {} is supported", owner_, name,
+                            field ? field->dump() : "", supported.dump());
+  }
+  // Errors: ValueError naming a field that nobody has read; those with a leading "_" are allowed.
+  void CheckAllRead() const {
+    for (const auto& [name, value] : object_.items()) {
+      Check(seen_.contains(name) || name.starts_with("_"), "{}: unknown field '{}'", owner_, name);
+    }
+  }
+
+ private:
+  const nlohmann::json* Take(const std::string& name) {
+    seen_.insert(name);
+    auto it = object_.find(name);
+    return it == object_.end() ? nullptr : &*it;
+  }
+  [[noreturn]] void Wrong(const std::string& name, const nlohmann::json& value,
+                          std::string_view wanted) const {
+    Fail("{}: field '{}' is {}, expected {}", owner_, name, value.dump(), wanted);
+  }
+  void Convert(const std::string& name, const nlohmann::json& json, bool& value) const {
+    if (!json.is_boolean()) Wrong(name, json, "true or false");
+    value = json.get<bool>();
+  }
+  void Convert(const std::string& name, const nlohmann::json& json, int64_t& value) const {
+    if (!json.is_number_integer()) Wrong(name, json, "an integer");
+    value = json.get<int64_t>();
+  }
+  void Convert(const std::string& name, const nlohmann::json& json, double& value) const {
+    if (!json.is_number()) Wrong(name, json, "a number");
+    value = json.get<double>();
+  }
+  void Convert(const std::string& name, const nlohmann::json& json, std::string& value) const {
+    if (!json.is_string()) Wrong(name, json, "a text");
+    value = json.get<std::string>();
+  }
+  template <class T>
+  void Convert(const std::string& name, const nlohmann::json& json, std::vector<T>& values) const {
+    if (!json.is_array()) Wrong(name, json, "a list");
+    values.clear();
+    for (const nlohmann::json& item : json) Convert(name, item, values.emplace_back());
+  }
+
+  std::string owner_;
+  nlohmann::json object_;
+  std::set<std::string> seen_;
+};
+
+}  // namespace calotype

@@ -1,0 +1,44 @@
+// UNet2DConditionModel of diffusers: the denoiser of Stable Diffusion 1.5 and 2.x and of small
+// models of the same kind. Parameter names and shapes are diffusers' own, so its files load by
+// name.
+#pragma once
+
+#include <vector>
+
+#include "layers/conv2d.h"
+#include "layers/norm.h"
+#include "layers/timesteps.h"
+#include "models/unet_blocks.h"
+#include "models/unet_config.h"
+
+namespace calotype {
+
+// Inputs:
+//   sample [B, in_channels, H, W], any H and W;
+//   timestep [B] or [1], f32, i32 or i64;
+//   encoder_hidden_states [B or 1, S, cross_attention_dim];
+//   encoder_attention_mask (optional) [B, S], 1 for tokens to see and 0 for others, or a bias [B,
+//   1, S].
+// Output: [B, out_channels, H, W], the model's prediction (noise, velocity or picture, as trained).
+class UNet2DConditionModel : public Layer {
+ public:
+  // Errors: as UNet2DConditionConfig::Validate.
+  explicit UNet2DConditionModel(const UNet2DConditionConfig& config);
+  const UNet2DConditionConfig& config() const { return config_; }
+
+  std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
+                                            std::span<const Value> inputs) override;
+  std::map<std::string, std::string> GetDiagnostics() const override;
+
+ private:
+  UNet2DConditionConfig config_;
+  nn::Conv2d *conv_in_, *conv_out_;
+  nn::Timesteps* time_proj_;
+  nn::TimestepEmbedding* time_embedding_;
+  std::vector<nn::UNetDownBlock2D*> down_blocks_;
+  nn::UNetMidBlock2D* mid_block_;
+  std::vector<nn::UNetUpBlock2D*> up_blocks_;
+  nn::GroupNorm* conv_norm_out_;
+};
+
+}  // namespace calotype
