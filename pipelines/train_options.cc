@@ -33,7 +33,7 @@ void Validate(const TrainOptions& o) {
           low, high);
   };
   in_range("resolution", static_cast<double>(o.resolution), 0, 4096);
-  in_range("caption_tokens", static_cast<double>(o.caption_tokens), 1, 1024);
+  in_range("caption_tokens", static_cast<double>(o.caption_tokens), 0, 1024);
   in_range("caption_layers", static_cast<double>(o.caption_layers), 0, 64);
   in_range("num_train_timesteps", static_cast<double>(o.num_train_timesteps), 1, 1e6);
   in_range("train_batch_size", static_cast<double>(o.train_batch_size), 1, 65536);

@@ -35,13 +35,12 @@ std::unique_ptr<UNet2DConditionModel> LoadUNet(const fs::path& folder) {
   return unet;
 }
 
-void SaveUNet(const fs::path& folder, const UNet2DConditionConfig& config,
-              const std::map<std::string, Tensor>& weights) {
+void SaveUNet(const fs::path& folder, UNet2DConditionModel& unet) {
   std::error_code error;
   fs::create_directories(folder, error);
   Check<FileError>(!error, "{}: cannot make the folder: {}", folder.string(), error.message());
-  WriteSafetensors(folder / "diffusion_pytorch_model.safetensors", {weights, {}});
-  WriteFile(folder / "config.json", config.ToJson());
+  WriteSafetensors(folder / "diffusion_pytorch_model.safetensors", {unet.SaveParameters(), {}});
+  WriteFile(folder / "config.json", unet.config().ToJson());
 }
 
 }  // namespace calotype

@@ -2,11 +2,8 @@
 #pragma once
 
 #include <filesystem>
-#include <map>
 #include <memory>
-#include <string>
 
-#include "core/tensor.h"
 #include "models/unet_2d_condition.h"
 
 namespace calotype {
@@ -16,8 +13,7 @@ namespace calotype {
 std::unique_ptr<UNet2DConditionModel> LoadUNet(const std::filesystem::path& folder);
 
 // Makes the folder if needed; each file is replaced atomically. Errors: FileError.
-void SaveUNet(const std::filesystem::path& folder, const UNet2DConditionConfig& config,
-              const std::map<std::string, Tensor>& weights);
+void SaveUNet(const std::filesystem::path& folder, UNet2DConditionModel& unet);
 
 // The config in a file. Errors: FileError, and those of UNet2DConditionConfig::FromJson with the
 // path.

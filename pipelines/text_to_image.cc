@@ -1,0 +1,176 @@
+#include "pipelines/text_to_image.h"
+
+#include <algorithm>
+#include <cctype>
+#include <cmath>
+#include <cstring>
+
+#include "core/random.h"
+#include "diffusion/guidance.h"
+#include "diffusion/scheduler.h"
+#include "graph/functions.h"
+
+namespace calotype {
+namespace {
+
+Tensor Rows(const Tensor& x, int64_t begin, int64_t end) {
+  Shape shape = x.shape().With(0, end - begin);
+  Tensor rows(shape, x.dtype());
+  int64_t row_bytes = x.bytes() / x.shape()[0];
+  std::memcpy(rows.raw(), static_cast<const char*>(x.raw()) + begin * row_bytes,
+              static_cast<size_t>(rows.bytes()));
+  return rows;
+}
+
+// [a; b] along the first axis.
+Tensor Stack(const Tensor& a, const Tensor& b) {
+  Tensor both(a.shape().With(0, a.shape()[0] + b.shape()[0]), a.dtype());
+  std::memcpy(both.raw(), a.raw(), static_cast<size_t>(a.bytes()));
+  std::memcpy(static_cast<char*>(both.raw()) + a.bytes(), b.raw(), static_cast<size_t>(b.bytes()));
+  return both;
+}
+
+void Check(const GenerateOptions& o) {
+  calotype::Check(!o.prompts.empty(), "generate: no prompt");
+  calotype::Check(o.prompts.size() == o.seeds.size(), "generate: {} prompts, {} seeds",
+                  o.prompts.size(), o.seeds.size());
+  calotype::Check(o.guidance_scale >= 0 && o.guidance_scale <= 1000,
+                  "generate: guidance_scale is {}, must be in [0, 1000]", o.guidance_scale);
+  calotype::Check(
+      o.negative_prompt.empty() || o.guidance_scale > 1,
+      "generate: a negative prompt has no effect without a guidance_scale above 1 (it is {})",
+      o.guidance_scale);
+  calotype::Check(o.sampler == "ddim" || o.sampler == "ddpm",
+                  "generate: sampler `{}` is unknown; there are ddim and ddpm", o.sampler);
+  calotype::Check(o.side >= 0 && o.side <= 4096,
+                  "generate: a side of {} pixels, must be in [1, 4096]", o.side);
+  calotype::Check(o.batch_size >= 1, "generate: the batch size is {}, must be at least 1",
+                  o.batch_size);
+}
+
+}  // namespace
+
+TextToImagePipeline::TextToImagePipeline(DiffusionModel& model, Backend backend)
+    : model_(model), backend_(backend) {}
+
+std::unique_ptr<TextToImagePipeline> TextToImagePipeline::Load(const std::filesystem::path& folder,
+                                                               Backend backend) {
+  auto model = DiffusionModel::Load(folder);
+  auto pipeline = std::make_unique<TextToImagePipeline>(*model, backend);
+  pipeline->owned_ = std::move(model);
+  return pipeline;
+}
+
+Executable& TextToImagePipeline::Encoder(int64_t batch) {
+  auto& encoder = encoders_[batch];
+  if (!encoder) {
+    model_.SetTrainingMode(false);
+    ComputationGraph graph;
+    Value tokens = graph.Input("tokens", {DType::kI64, {batch, model_.caption_tokens()}});
+    graph.Output("context", model_.Encode(tokens));
+    encoder = std::make_unique<Executable>(std::move(graph), backend_);
+    compile_seconds_ += encoder->compile_seconds();
+  }
+  return *encoder;
+}
+
+Executable& TextToImagePipeline::UNet(int64_t batch, int64_t side) {
+  auto& unet = unets_[{batch, side}];
+  if (!unet) {
+    model_.SetTrainingMode(false);
+    ComputationGraph graph;
+    Value sample = graph.Input("sample", Shape{batch, model_.channels(), side, side});
+    Value timestep = graph.Input("timestep", {DType::kI64, {batch}});
+    Value context = graph.Input("encoder_hidden_states",
+                                Shape{batch, model_.caption_tokens(), model_.context_width()});
+    graph.Output("out", model_.Denoise(sample, timestep, context));
+    unet = std::make_unique<Executable>(std::move(graph), backend_);
+    compile_seconds_ += unet->compile_seconds();
+  }
+  return *unet;
+}
+
+Tensor TextToImagePipeline::Generate(const GenerateOptions& options,
+                                     const GenerateCallbacks& callbacks) {
+  Check(options);
+  Tensor tokens = model_.Tokens(options.prompts, callbacks.warn);
+  Tensor pictures;
+  size_t count = options.prompts.size(), batch = static_cast<size_t>(options.batch_size);
+  int64_t batches = static_cast<int64_t>((count + batch - 1) / batch), done = 0;
+  auto tick = [&] {
+    ++done;
+    if (callbacks.progress) callbacks.progress(done, batches * options.steps);
+  };
+  for (size_t begin = 0; begin < count; begin += batch) {
+    size_t end = std::min(count, begin + batch);
+    Tensor part = GenerateBatch(
+        options, begin, end, Rows(tokens, static_cast<int64_t>(begin), static_cast<int64_t>(end)),
+        tick, callbacks);
+    pictures = pictures.defined() ? Stack(pictures, part) : part;
+  }
+  for (float v : pictures.values()) {
+    calotype::Check<NumericError>(std::isfinite(v),
+                                  "generate: a picture is not finite; are the weights?");
+  }
+  return pictures;
+}
+
+Tensor TextToImagePipeline::GenerateBatch(const GenerateOptions& options, size_t begin, size_t end,
+                                          const Tensor& tokens, const std::function<void()>& count,
+                                          const GenerateCallbacks& callbacks) {
+  SchedulerConfig config = model_.scheduler();
+  config.type = options.sampler == "ddim" ? "DDIMScheduler" : "DDPMScheduler";
+  auto scheduler = MakeScheduler(config, {.eta = options.eta});
+  scheduler->SetTimesteps(options.steps);
+  Guidance guidance{options.guidance_scale, options.guidance_rescale};
+  auto size = static_cast<int64_t>(end - begin);
+  int64_t side = options.side > 0 ? options.side : model_.side();
+  Shape picture{1, model_.channels(), side, side};
+
+  Tensor all_tokens = tokens;
+  if (guidance.active()) {
+    std::vector<std::string> negative(static_cast<size_t>(size), options.negative_prompt);
+    all_tokens = Stack(model_.Tokens(negative, callbacks.warn), tokens);
+  }
+  int64_t batch = all_tokens.shape()[0];
+  Tensor context = Encoder(batch).Run(std::vector{all_tokens})[0];
+  Executable& unet = UNet(batch, side);
+
+  // Each picture draws its noise from its own stream.
+  std::vector<Random> streams;
+  for (size_t i = begin; i < end; ++i) streams.emplace_back(options.seeds[i], "generate");
+  auto noise = [&] {
+    Tensor result;
+    for (Random& stream : streams) {
+      Tensor one = stream.NormalTensor(picture);
+      result = result.defined() ? Stack(result, one) : one;
+    }
+    return result;
+  };
+  Tensor x = noise(), timesteps({batch}, DType::kI64);
+  for (int64_t t : scheduler->timesteps()) {
+    calotype::Check<CancelledError>(!callbacks.cancelled || !callbacks.cancelled(),
+                                    "sampling was cancelled");
+    std::fill_n(timesteps.data<int64_t>(), batch, t);
+    Tensor output =
+        unet.Run(std::vector{guidance.active() ? Stack(x, x) : x, timesteps, context})[0];
+    if (guidance.active()) output = guidance.Apply(output);
+    x = scheduler->Step(output, t, x, scheduler->NeedsNoise(t) ? noise() : Tensor());
+    count();
+  }
+  return x;
+}
+
+std::string GenerationParameters(const GenerateOptions& o, size_t index, int64_t side) {
+  std::string sampler = o.sampler;
+  std::transform(sampler.begin(), sampler.end(), sampler.begin(),
+                 [](unsigned char c) { return std::toupper(c); });
+  std::string text = o.prompts[index] + "\n";
+  if (!o.negative_prompt.empty()) text += "Negative prompt: " + o.negative_prompt + "\n";
+  return text +
+         fmt::format(
+             "Steps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, Version: calotype {}",
+             o.steps, sampler, o.guidance_scale, o.seeds[index], side, side, CALOTYPE_VERSION);
+}
+
+}  // namespace calotype

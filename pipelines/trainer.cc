@@ -1,0 +1,350 @@
+#include "pipelines/trainer.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "core/parallel.h"
+#include "io/atomic_file.h"
+#include "io/checkpoint.h"
+#include "io/file.h"
+#include "io/image.h"
+#include "io/png.h"
+#include "optim/parameter_values.h"
+#include "pipelines/training_graph.h"
+#include "pipelines/training_setup.h"
+
+namespace calotype {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::ordered_json;
+
+constexpr size_t kMeanSteps = 50;  // steps of the loss that is shown
+constexpr int64_t kSamples = 16;   // pictures of a sample grid
+constexpr int64_t kSampleSteps = 25;
+
+// Exchanges weights and averages for the life of the object.
+class AveragedWeights {
+ public:
+  explicit AveragedWeights(Ema* ema) : ema_(ema) {
+    if (ema_) ema_->Swap();
+  }
+  ~AveragedWeights() {
+    if (ema_) ema_->Swap();
+  }
+  AveragedWeights(const AveragedWeights&) = delete;
+
+ private:
+  Ema* ema_;
+};
+
+Optimizer::Rule RuleOf(const TrainOptions& o) {
+  if (o.optimizer == "sgd") return Sgd{.momentum = o.momentum, .weight_decay = o.weight_decay};
+  if (o.optimizer == "adam") {
+    return Adam{.beta1 = o.adam_beta1,
+                .beta2 = o.adam_beta2,
+                .eps = o.adam_epsilon,
+                .weight_decay = o.weight_decay};
+  }
+  return AdamW{.beta1 = o.adam_beta1,
+               .beta2 = o.adam_beta2,
+               .eps = o.adam_epsilon,
+               .weight_decay = o.weight_decay};
+}
+
+LearningRateSchedule RateOf(const TrainOptions& o) {
+  std::string name = o.lr_scheduler;
+  if (name == "constant" && o.lr_warmup_steps > 0) name = "constant_with_warmup";
+  return {.name = name,
+          .learning_rate = o.learning_rate,
+          .warmup_steps = o.lr_warmup_steps,
+          .total_steps = o.max_train_steps};
+}
+
+Tensor CaptionTokens(const DiffusionModel& model, const Dataset& data) {
+  std::vector<std::string> captions = Captions(data);
+  captions.push_back("");  // the row that a dropped caption takes
+  return model.Tokens(captions, {});
+}
+
+BatchSource::Options BatchOptions(const TrainOptions& o) {
+  return {.batch_size = o.train_batch_size,
+          .timesteps = o.num_train_timesteps,
+          .caption_dropout = o.caption_dropout,
+          .validation_fraction = o.validation_fraction,
+          .seed = o.seed};
+}
+
+std::vector<Tensor> InputsOf(const Batch& batch) {
+  return {batch.images, batch.noise, batch.timesteps, batch.tokens};
+}
+
+// Declares the inputs of InputsOf and the loss.
+Value ExportLoss(ComputationGraph& graph, DiffusionModel& model, const NoiseSchedule& schedule,
+                 const Batch& batch) {
+  Value images = graph.Input("images", batch.images.type()),
+        noise = graph.Input("noise", batch.noise.type());
+  Value timesteps = graph.Input("timesteps", batch.timesteps.type()),
+        tokens = graph.Input("tokens", batch.tokens.type());
+  return DenoisingLoss(schedule, images, noise, timesteps, [&](Value noisy) {
+    return model.Denoise(noisy, timesteps, model.Encode(tokens));
+  });
+}
+
+}  // namespace
+
+Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions& options,
+                 fs::path folder, bool resume, TrainCallbacks callbacks)
+    : model_(model),
+      data_(data),
+      options_((Validate(options), options)),
+      folder_(std::move(folder)),
+      callbacks_(std::move(callbacks)),
+      backend_(ParseBackend(options.backend)),
+      schedule_(model.scheduler()),
+      batches_(data, CaptionTokens(model, data), BatchOptions(options)),
+      rate_(RateOf(options)) {
+  model_.SetTrainingMode(true);
+  optimizer_ = std::make_unique<Optimizer>(RuleOf(options_), model_.NamedParameters(),
+                                           options_.max_grad_norm);
+  if (options_.ema_decay > 0)
+    ema_ = std::make_unique<Ema>(EmaOptions{.decay = options_.ema_decay}, model_.NamedParameters());
+  if (resume) {
+    Resume();
+  } else {
+    Check(!fs::exists(folder_ / "train.json"),
+          "{} already holds a run; continue it with --resume, or choose another folder",
+          folder_.string());
+    std::error_code error;
+    fs::create_directories(folder_ / "checkpoints", error);
+    Check<FileError>(!error, "{}: cannot make the folder: {}", folder_.string(), error.message());
+    WriteFile(folder_ / "train.json", ToJson(options_));
+  }
+  OpenMetrics();
+}
+
+Trainer::~Trainer() {
+  if (metrics_) std::fclose(metrics_);
+}
+
+void Trainer::Message(const std::string& text) const {
+  if (callbacks_.message) callbacks_.message(text);
+}
+
+void Trainer::Resume() {
+  auto checkpoint = ReadLatestCheckpoint(folder_ / "checkpoints",
+                                         [&](const std::string& text) { Message(text); });
+  Check<FileError>(checkpoint.has_value(), "{}: no checkpoint to resume from",
+                   (folder_ / "checkpoints").string());
+  std::map<std::string, Tensor> parameters, state, averages;
+  for (const auto& [name, tensor] : checkpoint->tensors) {
+    auto& target = name.rfind("optimizer.", 0) == 0 ? state
+                   : name.rfind("ema.", 0) == 0     ? averages
+                                                    : parameters;
+    target[name] = tensor;
+  }
+  try {
+    SetValuesByName(optimizer_->parameters(), parameters);
+    SetValuesByName(optimizer_->state(), state);
+    SetValuesByName(ema_ ? std::span(ema_->state()) : std::span<const ParameterPtr>(), averages);
+    batches_.SetState(ordered_json::parse(checkpoint->metadata.at("streams"))
+                          .get<std::map<std::string, uint64_t>>());
+    recent_losses_ =
+        ordered_json::parse(checkpoint->metadata.at("recent_losses")).get<std::vector<double>>();
+    int threads = std::stoi(checkpoint->metadata.at("threads"));
+    if (threads != Threads()) {
+      Message(
+          fmt::format("the checkpoint was made with {} threads, this run has {}: results can "
+                      "differ in the last bits",
+                      threads, Threads()));
+    }
+  } catch (const ValueError& e) {
+    Fail<FileError>("{}: the checkpoint does not fit the run: {}", folder_.string(), e.what());
+  } catch (const std::logic_error& e) {  // a missing key, a bad number
+    Fail<FileError>("{}: the checkpoint is not one of this program: {}", folder_.string(),
+                    e.what());
+  } catch (const nlohmann::json::exception& e) {
+    Fail<FileError>("{}: the checkpoint is not one of this program: {}", folder_.string(),
+                    e.what());
+  }
+  step_ = first_step_ = checkpoint->step;
+}
+
+void Trainer::OpenMetrics() {
+  fs::path path = folder_ / "metrics.jsonl";
+  std::string kept;
+  if (first_step_ > 0 && fs::exists(path)) {
+    // Lines behind the checkpoint come again.
+    std::string text = ReadFile(path);
+    for (size_t begin = 0; begin < text.size();) {
+      size_t end = text.find('\n', begin);
+      if (end == std::string::npos) break;
+      auto line =
+          ordered_json::parse(text.begin() + static_cast<std::ptrdiff_t>(begin),
+                              text.begin() + static_cast<std::ptrdiff_t>(end), nullptr, false);
+      if (line.is_object() && line.value("step", int64_t{0}) <= first_step_)
+        kept += text.substr(begin, end + 1 - begin);
+      begin = end + 1;
+    }
+  }
+  WriteFile(path, kept, Durability::kRenamed);
+  metrics_ = std::fopen(path.c_str(), "a");
+  Check<FileError>(metrics_ != nullptr, "{}: cannot be written", path.string());
+}
+
+Trainer::StepResult Trainer::Step() {
+  Batch batch = batches_.Next();
+  if (!executable_) {
+    model_.SetTrainingMode(true);
+    ComputationGraph graph;
+    ExportTrainingStep(ExportLoss(graph, model_, schedule_, batch), *optimizer_, ema_.get());
+    executable_ = std::make_unique<Executable>(std::move(graph), backend_);
+    compile_seconds_ += executable_->compile_seconds();
+  }
+  double rate = rate_.At(step_);
+  std::vector<Tensor> inputs = InputsOf(batch);
+  for (Tensor& input : optimizer_->Inputs(step_ + 1, rate)) inputs.push_back(std::move(input));
+  if (ema_) {
+    for (Tensor& input : ema_->Inputs(step_ + 1)) inputs.push_back(std::move(input));
+  }
+  std::vector<Tensor> outputs = executable_->Run(inputs);
+  return {outputs[0].Item(), outputs[1].Item(), rate};
+}
+
+double Trainer::MeanLoss() const {
+  double sum = 0;
+  for (double loss : recent_losses_) sum += loss;
+  return recent_losses_.empty() ? 0 : sum / static_cast<double>(recent_losses_.size());
+}
+
+TrainResult Trainer::Run() {
+  auto start = std::chrono::steady_clock::now();
+  auto seconds = [&] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  auto due = [&](int64_t interval) {
+    return interval > 0 && step_ % interval == 0 && step_ < options_.max_train_steps;
+  };
+  TrainResult result;
+  auto line = [&](const ordered_json& record) {
+    std::string text = record.dump() + "\n";
+    Check<FileError>(std::fputs(text.c_str(), metrics_) >= 0 && std::fflush(metrics_) == 0,
+                     "{}: cannot be written", (folder_ / "metrics.jsonl").string());
+  };
+  auto validate = [&] {
+    if (batches_.validation_captions() == 0) return;
+    result.validation_loss = ValidationLoss();
+    line({{"step", step_}, {"validation_loss", *result.validation_loss}});
+    Message(fmt::format("step {}: validation loss {:.4f}", step_, *result.validation_loss));
+  };
+
+  while (step_ < options_.max_train_steps) {
+    if (callbacks_.cancelled && callbacks_.cancelled()) {
+      WriteState();
+      WriteModel();
+      Fail<CancelledError>(
+          "training stopped at step {} of {}; the checkpoint is in {}, --resume continues", step_,
+          options_.max_train_steps, folder_.string());
+    }
+    StepResult step = Step();
+    Check<NumericError>(std::isfinite(step.loss) && std::isfinite(step.gradient_norm),
+                        "training: {} at step {} is not finite; stopped before it changed the "
+                        "weights, the last good checkpoint is "
+                        "kept. A lower learning rate than {} may help",
+                        std::isfinite(step.loss) ? "the gradient" : "the loss", step_ + 1,
+                        step.learning_rate);
+    ++step_;
+    recent_losses_.push_back(step.loss);
+    if (recent_losses_.size() > kMeanSteps) recent_losses_.erase(recent_losses_.begin());
+    line({{"step", step_},
+          {"loss", step.loss},
+          {"learning_rate", step.learning_rate},
+          {"gradient_norm", step.gradient_norm},
+          {"seconds", seconds()}});
+    if (callbacks_.progress) {
+      callbacks_.progress({step_, options_.max_train_steps, first_step_, step.loss, MeanLoss(),
+                           step.learning_rate, step.gradient_norm, seconds()});
+    }
+    if (due(options_.checkpointing_steps)) {
+      WriteState();
+      WriteModel();
+    }
+    if (due(options_.validation_steps)) validate();
+    if (due(options_.sample_steps)) WriteSamples();
+  }
+  validate();
+  if (options_.sample_steps > 0) WriteSamples();
+  WriteState();
+  WriteModel();
+  result.steps = step_;
+  result.final_loss = MeanLoss();
+  result.seconds = seconds();
+  result.compile_seconds = compile_seconds_ + (sampler_ ? sampler_->compile_seconds() : 0);
+  return result;
+}
+
+double Trainer::ValidationLoss() {
+  AveragedWeights averaged(ema_.get());
+  double sum = 0, count = 0;
+  for (const Batch& batch : batches_.ValidationBatches()) {
+    int64_t size = batch.images.shape()[0];
+    auto& executable = validation_[size];
+    if (!executable) {
+      model_.SetTrainingMode(false);
+      ComputationGraph graph;
+      graph.Output("loss", ExportLoss(graph, model_, schedule_, batch));
+      executable = std::make_unique<Executable>(std::move(graph), backend_);
+      compile_seconds_ += executable->compile_seconds();
+    }
+    sum += executable->Run(InputsOf(batch))[0].Item() * static_cast<double>(size);
+    count += static_cast<double>(size);
+  }
+  return sum / count;
+}
+
+void Trainer::WriteState() {
+  Checkpoint checkpoint;
+  checkpoint.step = step_;
+  for (auto& [name, value] : ValuesByName(optimizer_->parameters()))
+    checkpoint.tensors[name] = value;
+  for (auto& [name, value] : ValuesByName(optimizer_->state())) checkpoint.tensors[name] = value;
+  if (ema_) {
+    for (auto& [name, value] : ValuesByName(ema_->state())) checkpoint.tensors[name] = value;
+  }
+  checkpoint.metadata["streams"] = ordered_json(batches_.State()).dump();
+  checkpoint.metadata["recent_losses"] = ordered_json(recent_losses_).dump();
+  checkpoint.metadata["threads"] = std::to_string(Threads());
+  WriteCheckpoint(folder_ / "checkpoints", checkpoint,
+                  static_cast<int>(options_.checkpoints_total_limit));
+}
+
+void Trainer::WriteModel() {
+  AveragedWeights averaged(ema_.get());
+  model_.Save(folder_);
+}
+
+void Trainer::WriteSamples() {
+  if (!sampler_) sampler_ = std::make_unique<TextToImagePipeline>(model_, backend_);
+  AveragedWeights averaged(ema_.get());
+  GenerateOptions options;
+  options.steps = std::min(kSampleSteps, options_.num_train_timesteps);
+  int64_t count = std::min(kSamples, data_.size());
+  for (int64_t i = 0; i < count; ++i) {
+    options.prompts.push_back(data_.caption(i * data_.size() / count));
+    options.seeds.push_back(options_.seed + static_cast<uint64_t>(i));
+  }
+  std::vector<Image> pictures = TensorToImages(sampler_->Generate(options));
+  std::string text;
+  for (size_t i = 0; i < pictures.size(); ++i)
+    text += GenerationParameters(options, i, model_.side()) + "\n";
+  std::vector<PngText> chunks{{"parameters", text}};
+  fs::create_directories(folder_ / "samples");
+  WritePng(folder_ / "samples" / fmt::format("step-{:08}.png", step_), ImageGrid(pictures, 4),
+           chunks);
+}
+
+}  // namespace calotype

@@ -1,0 +1,104 @@
+// Trainer: trains a DiffusionModel (U-Net and caption encoder together) on captioned pictures. One
+// step is one graph from the pictures to the new weights, interpreted or compiled. Everything that
+// a step depends on is in the checkpoint, so a run that was killed continues bit for bit.
+//
+// The run folder: model_index.json, unet/, caption_encoder/, scheduler/ (the averaged weights,
+// written at the end and at each checkpoint), train.json (the options), metrics.jsonl (a line a
+// step), samples/step-00000250.png, checkpoints/.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "diffusion/noise_schedule.h"
+#include "io/dataset.h"
+#include "optim/ema.h"
+#include "optim/learning_rate.h"
+#include "optim/optimizer.h"
+#include "pipelines/batch_source.h"
+#include "pipelines/diffusion_model.h"
+#include "pipelines/executable.h"
+#include "pipelines/text_to_image.h"
+#include "pipelines/train_options.h"
+
+namespace calotype {
+
+struct TrainProgress {
+  int64_t step = 0, steps = 0;     // done, of how many
+  int64_t first_step = 0;          // where this run began (resume)
+  double loss = 0, mean_loss = 0;  // of this step, and of the last 50
+  double learning_rate = 0, gradient_norm = 0;
+  double seconds = 0;  // since this run began
+};
+
+struct TrainCallbacks {
+  std::function<void(const TrainProgress&)> progress;
+  std::function<void(const std::string&)> message;  // validation losses, warnings
+  std::function<bool()> cancelled;                  // asked before each step
+};
+
+struct TrainResult {
+  int64_t steps = 0;
+  double final_loss = 0;                  // mean of the last 50 steps
+  std::optional<double> validation_loss;  // if captions are held out
+  double seconds = 0, compile_seconds = 0;
+};
+
+class Trainer {
+ public:
+  // Starts a run in `folder`, which is made. Keeps references to model and data. Errors: ValueError
+  // for options, or if the folder already holds a run and `resume` is false.
+  // With `resume`, continues from the newest whole checkpoint; FileError if there is none,
+  // ValueError if an option differs from the run's that may not change.
+  Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions& options,
+          std::filesystem::path folder, bool resume = false, TrainCallbacks callbacks = {});
+  ~Trainer();
+
+  // Trains up to options.max_train_steps, writes checkpoints on the way and the model at the end.
+  // Errors: CancelledError after writing a checkpoint; NumericError at the first loss or gradient
+  // that is not finite, the last checkpoint kept; FileError.
+  TrainResult Run();
+
+  int64_t step() const { return step_; }
+  // Mean loss on the held-out captions with fixed noise and timesteps, with the averaged weights.
+  double ValidationLoss();
+
+ private:
+  struct StepResult {
+    double loss, gradient_norm, learning_rate;
+  };
+  StepResult Step();
+  void Resume();
+  void WriteState();
+  void WriteModel();
+  void WriteSamples();
+  void OpenMetrics();
+  void Message(const std::string& text) const;
+  double MeanLoss() const;
+
+  DiffusionModel& model_;
+  const Dataset& data_;
+  TrainOptions options_;
+  std::filesystem::path folder_;
+  TrainCallbacks callbacks_;
+  Backend backend_;
+  NoiseSchedule schedule_;
+  BatchSource batches_;
+  std::unique_ptr<Optimizer> optimizer_;
+  std::unique_ptr<Ema> ema_;
+  LearningRateSchedule rate_;
+  std::unique_ptr<Executable> executable_;
+  std::map<int64_t, std::unique_ptr<Executable>> validation_;  // by batch size
+  std::unique_ptr<TextToImagePipeline> sampler_;
+  std::FILE* metrics_ = nullptr;
+  int64_t step_ = 0, first_step_ = 0;
+  std::vector<double> recent_losses_;  // at most 50
+  double compile_seconds_ = 0;
+};
+
+}  // namespace calotype

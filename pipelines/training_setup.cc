@@ -1,0 +1,79 @@
+#include "pipelines/training_setup.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+#include "io/image_folder.h"
+#include "io/shapes.h"
+#include "models/presets.h"
+#include "pipelines/unet_folder.h"
+
+namespace calotype {
+namespace {
+
+constexpr int64_t kMostCaptionTokens = 77;
+
+// Words of the longest caption, within [1, kMostCaptionTokens].
+int64_t LongestCaption(const std::vector<std::string>& captions) {
+  size_t longest = 1;
+  for (const std::string& caption : captions)
+    longest = std::max(longest, CaptionWords(caption).size());
+  return std::min(static_cast<int64_t>(longest), kMostCaptionTokens);
+}
+
+}  // namespace
+
+UNet2DConditionConfig UNetOf(const std::string& name) {
+  auto names = UNetPresetNames();
+  if (std::count(names.begin(), names.end(), name)) return UNetPreset(name);
+  Check(name.find('.') != std::string::npos || name.find('/') != std::string::npos,
+        "the U-Net is `{}`, must be one of {}, or the path of a diffusers config.json", name,
+        fmt::join(names, ", "));
+  return ReadUNetConfig(name);
+}
+
+std::unique_ptr<Dataset> OpenDataset(const TrainOptions& options, const WarningCallback& warn) {
+  if (options.data == "shapes") {
+    Check(options.resolution == 0 || options.resolution == kShapesSide,
+          "training: the data set shapes has {} pixels a side, not {}", kShapesSide,
+          options.resolution);
+    return std::make_unique<ShapesDataset>();
+  }
+  int64_t side =
+      options.resolution > 0 ? options.resolution : UNetOf(options.unet).sample_size.value_or(0);
+  Check(side > 0, "training: the U-Net {} has no sample_size; give a resolution", options.unet);
+  return std::make_unique<ImageFolder>(options.data, static_cast<int>(side), warn);
+}
+
+std::vector<std::string> Captions(const Dataset& data) {
+  std::vector<std::string> captions;
+  for (int64_t i = 0; i < data.size(); ++i) captions.push_back(data.caption(i));
+  return captions;
+}
+
+std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dataset& data) {
+  SchedulerConfig scheduler;
+  scheduler.num_train_timesteps = options.num_train_timesteps;
+  scheduler.prediction_type = options.prediction_type;
+  scheduler.beta_schedule = options.beta_schedule;
+  if (options.beta_schedule == "scaled_linear")
+    scheduler.beta_start = 0.00085, scheduler.beta_end = 0.012;
+  scheduler.timestep_spacing = "trailing";
+
+  UNet2DConditionConfig unet = UNetOf(options.unet);
+  unet.sample_size = data.side();
+  Check(unet.in_channels == 3, "training: pictures have 3 channels, the U-Net {} has {}",
+        options.unet, unet.in_channels);
+  std::vector<std::string> captions = Captions(data);
+  CaptionEncoderConfig encoder;
+  encoder.vocabulary = CaptionTokenizer::BuildVocabulary(captions);
+  encoder.max_length =
+      options.caption_tokens > 0 ? options.caption_tokens : LongestCaption(captions);
+  encoder.hidden_size = unet.cross_attention_dim[0];
+  encoder.num_layers = options.caption_layers;
+  auto model = std::make_unique<DiffusionModel>(unet, encoder, scheduler);
+  model->Initialize(options.seed);
+  return model;
+}
+
+}  // namespace calotype

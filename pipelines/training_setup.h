@@ -1,0 +1,24 @@
+// From options to what a Trainer needs: the data set and a fresh model for its captions.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "io/dataset.h"
+#include "pipelines/diffusion_model.h"
+#include "pipelines/train_options.h"
+
+namespace calotype {
+
+// The preset of that name, or the diffusers config.json at that path. Errors: ValueError; those of
+// ReadUNetConfig.
+UNet2DConditionConfig UNetOf(const std::string& name);
+// The data set that options.data names. Errors: those of the data sets.
+std::unique_ptr<Dataset> OpenDataset(const TrainOptions& options, const WarningCallback& warn);
+// A model with random weights as the options say, its vocabulary made from the data set's captions.
+std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dataset& data);
+
+std::vector<std::string> Captions(const Dataset& data);
+
+}  // namespace calotype
