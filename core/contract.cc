@@ -342,6 +342,12 @@ bool Pointwise(const Conv2dShape& s) {
 
 void MatMul(const MatMulShape& shape, const float* a, const float* b, const float* bias, float* c) {
   MatMulShape s = shape;
+  if (s.batch > 1 && s.a_batch == 0 && s.b_batch == 0) {  // the same product for the whole batch
+    s.batch = 1;
+    MatMul(s, a, b, bias, c);
+    for (int64_t i = 1; i < shape.batch; ++i) std::copy_n(c, s.m * s.n, c + i * s.m * s.n);
+    return;
+  }
   // A batch of A against one B is one taller A.
   if (s.batch > 1 && s.b_batch == 0 && s.a_col == 1 && (s.m == 1 || s.a_batch == s.m * s.a_row) &&
       s.a_batch >= s.k) {
