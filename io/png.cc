@@ -86,6 +86,23 @@ bool Reader::Pixels() {
   return true;
 }
 
+// libpng takes memory for the length that a chunk claims before it reads it (up to 2 GiB), so the
+// lengths are checked first.
+void CheckChunkLengths(std::string_view bytes, const std::string& name) {
+  for (size_t at = 8; at < bytes.size();) {
+    Check<FileError>(bytes.size() - at >= 12, "{}: damaged PNG: the file ends at byte {}", name,
+                     bytes.size());
+    auto byte = [&](size_t i) { return uint32_t{static_cast<unsigned char>(bytes[at + i])}; };
+    uint32_t length = byte(0) << 24 | byte(1) << 16 | byte(2) << 8 | byte(3);
+    Check<FileError>(length <= bytes.size() - at - 12,
+                     "{}: damaged PNG: the chunk at byte {} of {} claims {} bytes", name, at,
+                     bytes.size(), length);
+    if (bytes.substr(at + 4, 4) == "IEND") return;
+    at += 12 + size_t{length};
+  }
+  Fail<FileError>("{}: damaged PNG: the file ends without IEND", name);
+}
+
 // UTF-8 of Latin-1 and back; the latter returns false if a character does not fit.
 std::string FromLatin1(std::string_view text) {
   std::string result;
@@ -168,6 +185,7 @@ bool Writer::Encode(const Image& image) {
 
 Image DecodePng(std::string_view bytes, const std::string& name, std::vector<PngText>* texts) {
   Check<FileError>(bytes.starts_with("\x89PNG\r\n\x1a\n"), "{}: not a PNG file", name);
+  CheckChunkLengths(bytes, name);
   Reader reader(bytes);
   Check<FileError>(reader.Header(), "{}: damaged PNG: {}", name, reader.error());
   int64_t pixels = int64_t{reader.width} * reader.height;
