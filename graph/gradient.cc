@@ -7,6 +7,43 @@
 
 namespace calotype {
 
+namespace {
+
+// If x and y are Pads along one axis whose insides lie side by side and fill it (the gradients of
+// two slices that split a value), their sum is a concatenation.
+Value SumOfPads(const Value& x, const Value& y) {
+  auto inside = [](const Value& v) -> const ComputationNode* {
+    const ComputationNode& node = v.graph->node(v.id.node);
+    return node.op->name == "Pad" ? &node : nullptr;
+  };
+  const ComputationNode *a = inside(x), *b = inside(y);
+  if (a == nullptr || b == nullptr) return {};
+  int split = -1;
+  for (int axis = 0; axis < x.rank(); ++axis) {
+    auto zero = [&](const ComputationNode& node) {
+      return node.attrs.Ints("low")[axis] == 0 && node.attrs.Ints("high")[axis] == 0;
+    };
+    if (zero(*a) && zero(*b)) continue;
+    if (split >= 0) return {};
+    split = axis;
+  }
+  auto first_then = [&](const ComputationNode& first, const ComputationNode& second) {
+    return first.attrs.Ints("low")[split] == 0 && second.attrs.Ints("high")[split] == 0 &&
+           second.attrs.Ints("low")[split] + first.attrs.Ints("high")[split] == x.dim(split);
+  };
+  Value ax{x.graph, a->inputs[0]}, by{y.graph, b->inputs[0]};
+  if (first_then(*a, *b)) return Concat({ax, by}, split);
+  if (first_then(*b, *a)) return Concat({by, ax}, split);
+  return {};
+}
+
+Value SumOf(const Value& x, const Value& y) {
+  Value joined = SumOfPads(x, y);
+  return joined.defined() ? joined : Add(x, y);
+}
+
+}  // namespace
+
 std::vector<Value> Gradients(std::span<const Value> outputs, std::span<const Value> doutputs,
                              std::span<const Value> wrt) {
   Check<InternalError>(outputs.size() == doutputs.size(), "gradients: {} outputs, {} cotangents",
@@ -29,7 +66,7 @@ std::vector<Value> Gradients(std::span<const Value> outputs, std::span<const Val
     auto& slots = cotangents[id.node];
     if (slots.empty()) slots.resize(graph.node(id.node).types.size());
     Value& slot = slots[id.output];
-    slot = slot.defined() ? Add(slot, value) : value;
+    slot = slot.defined() ? SumOf(slot, value) : value;
   };
   for (size_t i = 0; i < outputs.size(); ++i) {
     Value dy = doutputs[i];

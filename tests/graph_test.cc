@@ -195,6 +195,27 @@ TEST(Gradients, ReluIsZeroAtZeroAndTiesGoToTheFirst) {
   EXPECT_THAT(result[2].values(), testing::ElementsAre(0, 0, 1));
 }
 
+TEST(Gradients, SlicesThatSplitAValueGiveAConcat) {
+  ComputationGraph graph;
+  Value x = graph.Input("x", Shape{2, 5});
+  std::vector<Value> parts = Split(x, 1, {3, 2});
+  Value y = Sum(parts[0] * 2.0f) + Sum(parts[1] * 3.0f);
+  graph.Output("dx", Gradients(std::vector{y}, std::vector{Value{}}, std::vector{x})[0]);
+  EXPECT_EQ(CountOps(Clone(graph), "Pad"), 0);
+  EXPECT_EQ(CountOps(Clone(graph), "Concat"), 1);
+  EXPECT_THAT(RunGraph(graph, {Tensor::Zeros({2, 5})})[0].values(),
+              testing::ElementsAre(2, 2, 2, 3, 3, 2, 2, 2, 3, 3));
+}
+
+TEST(Gradients, OverlappingSlicesAdd) {
+  ComputationGraph graph;
+  Value x = graph.Input("x", Shape{5});
+  Value y = Sum(Slice(x, 0, 0, 3) * 2.0f) + Sum(Slice(x, 0, 2, 3) * 3.0f);
+  graph.Output("dx", Gradients(std::vector{y}, std::vector{Value{}}, std::vector{x})[0]);
+  EXPECT_THAT(RunGraph(graph, {Tensor::Zeros({5})})[0].values(),
+              testing::ElementsAre(2, 2, 5, 3, 3));
+}
+
 TEST(Gradients, OpWithoutGradientIsNamed) {
   ComputationGraph graph;
   Value x = graph.Input("x", Shape{3});
