@@ -1,0 +1,472 @@
+// Models: golden fixtures of diffusers through Layer::Forward and Layer::Backward, configurations,
+// the caption encoder. (conformance_test runs more fixtures, on both back ends.)
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "core/random.h"
+#include "io/safetensors.h"
+#include "layers/diffusion_cross_attention.h"
+#include "layers/flash_attention_layer.h"
+#include "models/caption_encoder.h"
+#include "models/presets.h"
+#include "models/unet_2d_condition.h"
+
+namespace calotype {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+using ::testing::HasSubstr;
+
+std::string ReadText(const fs::path& path) {
+  std::ifstream file(path);
+  EXPECT_TRUE(file.good()) << path;
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+fs::path Fixture(const std::string& name) {
+  return fs::path(CALOTYPE_TEST_DATA) / "fixtures" / name;
+}
+
+double Largest(const Tensor& t) {
+  double largest = 0;
+  for (float x : t.values()) largest = std::max(largest, std::abs(static_cast<double>(x)));
+  return largest;
+}
+
+double LargestDifference(const Tensor& a, const Tensor& b) {
+  EXPECT_EQ(a.shape(), b.shape());
+  double largest = 0;
+  for (int64_t i = 0; i < a.elements(); ++i) {
+    largest = std::max(largest, std::abs(static_cast<double>(a.data()[i]) - b.data()[i]));
+  }
+  return largest;
+}
+
+template <class E, class F>
+std::string MessageOf(F f) {
+  try {
+    f();
+  } catch (const E& error) {
+    return error.what();
+  }
+  ADD_FAILURE() << "no error of the expected type";
+  return "";
+}
+
+// Loads the case's parameters into `layer`, runs it on the inputs of these names (absent ones
+// undefined), compares outputs and all gradients.
+void CheckFixture(Layer& layer, const fs::path& folder, const std::vector<std::string>& names,
+                  double output_tolerance, double gradient_tolerance) {
+  SCOPED_TRACE(folder.string());
+  std::map<std::string, Tensor> tensors = ReadSafetensors(folder / "tensors.safetensors").tensors;
+  std::map<std::string, Tensor> parameters;
+  if (fs::exists(folder / "diffusion_pytorch_model.safetensors")) {
+    parameters = ReadSafetensors(folder / "diffusion_pytorch_model.safetensors").tensors;
+  } else {
+    for (const auto& [name, tensor] : tensors) {
+      if (name.starts_with("param.")) parameters[name.substr(6)] = tensor;
+    }
+  }
+  EXPECT_TRUE(layer.LoadParameters(parameters).complete());
+
+  double largest_gradient = 0;
+  for (const auto& [name, tensor] : tensors) {
+    if (name.starts_with("grad.")) largest_gradient = std::max(largest_gradient, Largest(tensor));
+  }
+  std::vector<Tensor> inputs;
+  for (const std::string& name : names) {
+    auto it = tensors.find("input." + name);
+    inputs.push_back(it == tensors.end() ? Tensor() : it->second);
+  }
+  Tensor out = layer.Forward(inputs).at(0);
+  double worst_output = LargestDifference(out, tensors.at("output.out")) /
+                        (output_tolerance * Largest(tensors.at("output.out")));
+  EXPECT_LE(worst_output, 1);
+
+  std::vector<Tensor> gradients = layer.Backward(tensors.at("cotangent.out"));
+  double worst = 0;
+  int compared = 0;
+  auto compare = [&](const std::string& name, const Tensor& actual) {
+    auto it = tensors.find(name);
+    if (it == tensors.end()) return;
+    double bound = gradient_tolerance * Largest(it->second) + 1e-6 * largest_gradient;
+    double share = LargestDifference(actual, it->second) / bound;
+    EXPECT_LE(share, 1) << name;
+    worst = std::max(worst, share);
+    ++compared;
+  };
+  for (size_t i = 0; i < names.size(); ++i) compare("grad.input." + names[i], gradients[i]);
+  for (const ParameterPtr& parameter : layer.NamedParameters()) {
+    EXPECT_TRUE(tensors.contains("grad.param." + parameter->name())) << parameter->name();
+    compare("grad.param." + parameter->name(), parameter->gradient);
+  }
+  EXPECT_GT(compared, 0);
+  fmt::print("{:45} outputs {:3.0f} %, {:3} gradients {:3.0f} % of the tolerance\n",
+             folder.filename().string(), 100 * worst_output, compared, 100 * worst);
+}
+
+// ---------------------------------------------------------------- fixtures
+
+TEST(ModelFixtureTest, UNets) {
+  for (const char* name : {"sd15-tiny", "sd21-tiny", "pixel-3level"}) {
+    fs::path folder = Fixture("unet") / name;
+    UNet2DConditionModel unet(UNet2DConditionConfig::FromJson(ReadText(folder / "config.json")));
+    CheckFixture(unet, folder, {"sample", "timestep", "encoder_hidden_states"}, 8e-6, 3e-4);
+  }
+}
+
+TEST(ModelFixtureTest, NamedLayers) {
+  int cases = 0;
+  for (const auto& entry : fs::directory_iterator(Fixture("layers"))) {
+    json document = json::parse(ReadText(entry.path() / "case.json"));
+    const json& c = document.at("config");
+    if (document.at("kind") == "DiffusionCrossAttention") {
+      nn::DiffusionCrossAttention layer(c.at("query_dim"), c.at("context_dim"), c.at("num_heads"),
+                                        c.at("spatial_size"));
+      CheckFixture(layer, entry.path(), {"input", "context"}, 2e-6, 3e-5);
+    } else {
+      ASSERT_EQ(document.at("kind"), "FlashAttentionLayer");
+      for (bool recompute : {true, false}) {
+        nn::FlashAttentionConfig config{.use_causal_mask = c.at("use_causal_mask"),
+                                        .recompute_in_backward = recompute};
+        if (!c.at("scale_factor").is_null()) config.scale_factor = c.at("scale_factor");
+        nn::FlashAttentionLayer layer(c.at("sequence_length"), c.at("embedding_dimension"),
+                                      c.at("head_count"), config);
+        CheckFixture(layer, entry.path(), {"input"}, 2e-6, 3e-5);
+      }
+    }
+    ++cases;
+  }
+  EXPECT_EQ(cases, 7);
+}
+
+// ---------------------------------------------------------------- U-Net
+
+TEST(UNetTest, ParameterCounts) {
+  EXPECT_EQ(UNet2DConditionModel(UNetPreset("toy16")).ParameterCount(), 1001251);
+  int64_t live = MemoryStats::LiveBytes();
+  UNet2DConditionModel sd15(UNetPreset("sd15"));
+  EXPECT_EQ(sd15.ParameterCount(), 859520964);
+  EXPECT_EQ(sd15.ParameterShapes().size(), 686u);
+  EXPECT_EQ(MemoryStats::LiveBytes(), live)
+      << "a model of 3.4 GB must not be allocated to be counted";
+  std::map<std::string, int64_t> parts;
+  for (const auto& [name, shape] : sd15.ParameterShapes()) {
+    std::string part = name.substr(0, name.find('.'));
+    if (part.ends_with("blocks")) part = name.substr(0, part.size() + 2);
+    parts[part] += shape.elements();
+  }
+  std::map<std::string, int64_t> expected = {
+      {"down_blocks.0", 10524480}, {"down_blocks.1", 36818560}, {"down_blocks.2", 139992320},
+      {"down_blocks.3", 62277120}, {"mid_block", 97038080},     {"up_blocks.0", 162241280},
+      {"up_blocks.1", 258330880},  {"up_blocks.2", 71413120},   {"up_blocks.3", 18810560},
+      {"time_embedding", 2050560}, {"conv_in", 11840},          {"conv_out", 11524},
+      {"conv_norm_out", 640}};
+  EXPECT_EQ(parts, expected);
+}
+
+TEST(UNetTest, ConfigRoundTrip) {
+  for (const char* name : {"sd15-tiny", "sd21-tiny", "pixel-3level"}) {
+    std::string text = ReadText(Fixture("unet") / name / "config.json");
+    UNet2DConditionConfig config = UNet2DConditionConfig::FromJson(text);
+    EXPECT_EQ(UNet2DConditionConfig::FromJson(config.ToJson()), config);
+    // The very fields and values that diffusers wrote.
+    EXPECT_EQ(json::parse(config.ToJson()), json::parse(text)) << name;
+    EXPECT_EQ(config.ToJson().back(), '\n');
+  }
+  for (std::string_view name : UNetPresetNames()) {
+    UNet2DConditionConfig config = UNetPreset(name);
+    EXPECT_EQ(UNet2DConditionConfig::FromJson(config.ToJson()), config);
+  }
+  // Numbers and equal lists say the same.
+  EXPECT_EQ(UNet2DConditionConfig::FromJson(R"({"attention_head_dim": [8, 8, 8, 8]})"),
+            UNet2DConditionConfig::FromJson(R"({"attention_head_dim": 8})"));
+  EXPECT_EQ(UNet2DConditionConfig::FromJson("{}"), UNet2DConditionConfig());
+}
+
+TEST(UNetTest, ConfigErrorsNameTheField) {
+  auto error = [](const std::string& text) {
+    return MessageOf<ValueError>([&] { UNet2DConditionConfig::FromJson(text); });
+  };
+  auto unsupported = [](const std::string& text) {
+    return MessageOf<UnsupportedError>([&] { UNet2DConditionConfig::FromJson(text); });
+  };
+  EXPECT_THAT(error(R"({"block_out_chanels": [32]})"), HasSubstr("'block_out_chanels'"));
+  EXPECT_THAT(error("{"), HasSubstr("not JSON"));
+  EXPECT_THAT(error("[]"), HasSubstr("object"));
+  EXPECT_THAT(error(R"({"in_channels": "four"})"), HasSubstr("'in_channels'"));
+  EXPECT_THAT(error(R"({"in_channels": 4.5})"), HasSubstr("'in_channels'"));
+  EXPECT_THAT(error(R"({"layers_per_block": 0})"), HasSubstr("'layers_per_block'"));
+  EXPECT_THAT(error(R"({"layers_per_block": [1, 2]})"), HasSubstr("'layers_per_block'"));
+  EXPECT_THAT(error(R"({"up_block_types": ["UpBlock2D"]})"), HasSubstr("'up_block_types'"));
+  EXPECT_THAT(error(R"({"act_fn": "sine"})"), HasSubstr("'sine'"));
+  EXPECT_THAT(error(R"({"norm_num_groups": 33})"), HasSubstr("norm_num_groups"));
+  EXPECT_THAT(error(R"({"attention_head_dim": 7})"), HasSubstr("attention_head_dim"));
+  EXPECT_THAT(error(R"({"transformer_layers_per_block": [[1, 1], 1, 1, 1]})"),
+              HasSubstr("'transformer_layers_per_block'"));
+  EXPECT_THAT(unsupported(R"({"class_embed_type": "timestep"})"), HasSubstr("'class_embed_type'"));
+  EXPECT_THAT(unsupported(R"({"num_attention_heads": 8})"), HasSubstr("'num_attention_heads'"));
+  EXPECT_THAT(unsupported(R"({"dropout": 0.1})"), HasSubstr("'dropout'"));
+  EXPECT_THAT(unsupported(R"({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"})"),
+              HasSubstr("UNetMidBlock2DSimpleCrossAttn"));
+  EXPECT_THAT(unsupported(R"({"time_embedding_type": "fourier"})"), HasSubstr("fourier"));
+  EXPECT_THAT(unsupported(R"({"_class_name": "AutoencoderKL"})"), HasSubstr("AutoencoderKL"));
+  EXPECT_THAT(
+      unsupported(
+          R"({"down_block_types": ["AttnDownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D"]})"),
+      HasSubstr("AttnDownBlock2D"));
+  UNet2DConditionConfig config;
+  config.resnet_time_scale_shift = "ada_group";
+  EXPECT_THAT(MessageOf<UnsupportedError>([&] { UNet2DConditionModel model(config); }),
+              HasSubstr("ada_group"));
+}
+
+UNet2DConditionConfig Tiny() {
+  return UNet2DConditionConfig::FromJson(
+      R"({"in_channels": 3, "out_channels": 3, "layers_per_block": 1, "block_out_channels": [8, 8, 16],
+          "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+          "up_block_types": ["UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"],
+          "cross_attention_dim": 6, "attention_head_dim": 2, "norm_num_groups": 4})");
+}
+
+struct Inputs {
+  Tensor sample, timestep, context;
+};
+Inputs RandomInputs(const UNet2DConditionConfig& config, int64_t batch, int64_t height,
+                    int64_t width, uint64_t seed = 1) {
+  Random random(seed);
+  return {random.NormalTensor({batch, config.in_channels, height, width}),
+          random.UniformTensor({batch}, 0, 999),
+          random.NormalTensor({batch, 5, config.cross_attention_dim[0]})};
+}
+
+TEST(UNetTest, EveryInputCounts) {
+  UNet2DConditionModel unet(Tiny());
+  unet.Initialize(3);
+  unet.SetTrainingMode(false);
+  Inputs in = RandomInputs(unet.config(), 2, 8, 8), other = RandomInputs(unet.config(), 2, 8, 8, 2);
+  Tensor y = unet.Forward({in.sample, in.timestep, in.context});
+  EXPECT_EQ(y.shape(), in.sample.shape());
+  EXPECT_EQ(LargestDifference(y, unet.Forward({in.sample, in.timestep, in.context})), 0);
+  EXPECT_GT(LargestDifference(y, unet.Forward({in.sample, other.timestep, in.context})), 1e-3);
+  EXPECT_GT(LargestDifference(y, unet.Forward({in.sample, in.timestep, other.context})), 1e-3);
+  EXPECT_GT(LargestDifference(y, unet.Forward({other.sample, in.timestep, in.context})), 1e-1);
+
+  // Each sample has its own timestep; one timestep, or one context, serves all.
+  Tensor same = Tensor::Full({2}, 500), one = Tensor::Full({1}, 500);
+  Tensor integer = Tensor::From(Shape{2}, std::vector<int64_t>{500, 500});
+  Tensor expected = unet.Forward({in.sample, same, in.context});
+  EXPECT_EQ(LargestDifference(expected, unet.Forward({in.sample, integer, in.context})), 0);
+  EXPECT_LT(LargestDifference(expected, unet.Forward({in.sample, one, in.context})), 1e-6);
+  Tensor first = Tensor::From({1, 5, 6}, std::as_const(in.context).values().first(30));
+  Tensor twice({2, 5, 6});
+  std::ranges::copy(std::as_const(first).values(), twice.data());
+  std::ranges::copy(std::as_const(first).values(), twice.data() + 30);
+  EXPECT_LT(LargestDifference(unet.Forward({in.sample, same, twice}),
+                              unet.Forward({in.sample, same, first})),
+            1e-6);
+
+  // A mask equals leaving the masked tokens out; a mask of ones equals no mask.
+  Tensor mask = Tensor::Full({2, 5}, 1);
+  Tensor masked = unet.Forward({in.sample, same, in.context, mask});
+  EXPECT_EQ(LargestDifference(expected, masked), 0);
+  for (int64_t b = 0; b < 2; ++b) mask.data()[b * 5 + 3] = mask.data()[b * 5 + 4] = 0;
+  Tensor shorter({2, 3, 6});
+  for (int64_t b = 0; b < 2; ++b) {
+    std::copy_n(in.context.data() + b * 30, 18, shorter.data() + b * 18);
+  }
+  EXPECT_LT(LargestDifference(unet.Forward({in.sample, same, shorter}),
+                              unet.Forward({in.sample, same, in.context, mask})),
+            1e-6);
+}
+
+TEST(UNetTest, OddSizes) {
+  UNet2DConditionModel unet(Tiny());
+  for (auto [height, width] : {std::pair(5, 7), {9, 6}, {1, 1}, {13, 4}}) {
+    Inputs in = RandomInputs(unet.config(), 1, height, width);
+    Tensor y = unet.Forward({in.sample, in.timestep, in.context});
+    EXPECT_EQ(y.shape(), in.sample.shape());
+    auto gradients = unet.Backward(Tensor::Full(y.shape(), 1));
+    EXPECT_EQ(gradients[0].shape(), in.sample.shape());
+  }
+}
+
+TEST(UNetTest, OptionsHaveAnEffect) {
+  Inputs in = RandomInputs(Tiny(), 1, 8, 8);
+  auto run = [&](const UNet2DConditionConfig& config) {
+    UNet2DConditionModel unet(config);
+    unet.SetTrainingMode(false);
+    return unet.Forward({in.sample, in.timestep, in.context});
+  };
+  Tensor plain = run(Tiny());
+  auto differs = [&](const char* what, auto change) {
+    UNet2DConditionConfig config = Tiny();
+    change(config);
+    Tensor y = run(config);
+    EXPECT_EQ(y.shape(), plain.shape());
+    EXPECT_GT(LargestDifference(y, plain), 1e-4) << what;
+  };
+  using Config = UNet2DConditionConfig;
+  differs("center_input_sample", [](Config& c) { c.center_input_sample = true; });
+  differs("flip_sin_to_cos", [](Config& c) { c.flip_sin_to_cos = false; });
+  differs("freq_shift", [](Config& c) { c.freq_shift = 1; });
+  differs("downsample_padding", [](Config& c) { c.downsample_padding = 0; });
+  differs("mid_block_scale_factor", [](Config& c) { c.mid_block_scale_factor = 2; });
+  differs("act_fn", [](Config& c) { c.act_fn = "gelu"; });
+  differs("norm_eps", [](Config& c) { c.norm_eps = 0.1; });
+  differs("norm_num_groups", [](Config& c) { c.norm_num_groups = 2; });
+  differs("attention_head_dim", [](Config& c) { c.attention_head_dim = {1, 1, 4}; });
+  differs("scale_shift", [](Config& c) { c.resnet_time_scale_shift = "scale_shift"; });
+  differs("conv_in_kernel", [](Config& c) { c.conv_in_kernel = 1; });
+  differs("conv_out_kernel", [](Config& c) { c.conv_out_kernel = 5; });
+  differs("layers_per_block", [](Config& c) { c.layers_per_block = {1, 2, 1}; });
+  differs("transformer_layers", [](Config& c) { c.transformer_layers_per_block = {2, 1, 1}; });
+  differs("only_cross_attention", [](Config& c) { c.only_cross_attention = {true, false, false}; });
+  differs("block types", [](Config& c) {
+    c.down_block_types[1] = "CrossAttnDownBlock2D";
+    c.up_block_types[1] = "CrossAttnUpBlock2D";
+  });
+
+  // Linear and convolutional projections are the same function of the same numbers.
+  UNet2DConditionModel conv(Tiny()), linear([] {
+    UNet2DConditionConfig config = Tiny();
+    config.use_linear_projection = true;
+    return config;
+  }());
+  conv.Initialize(5);
+  linear.SetParameters(conv.GetParameters());
+  EXPECT_LT(LargestDifference(conv.Forward({in.sample, in.timestep, in.context}),
+                              linear.Forward({in.sample, in.timestep, in.context})),
+            1e-5);
+}
+
+TEST(UNetTest, InputErrorsSayWhatIsWrong) {
+  UNet2DConditionModel unet(Tiny());
+  Inputs in = RandomInputs(unet.config(), 2, 8, 8);
+  auto error = [&](std::vector<Tensor> inputs) {
+    return MessageOf<ShapeError>([&] { unet.Forward(inputs); });
+  };
+  EXPECT_THAT(error({in.sample, in.timestep}), HasSubstr("encoder_hidden_states"));
+  EXPECT_THAT(error({Tensor::Zeros({2, 4, 8, 8}), in.timestep, in.context}), HasSubstr("sample"));
+  EXPECT_THAT(error({in.sample, Tensor::Zeros({3}), in.context}), HasSubstr("timestep"));
+  EXPECT_THAT(error({in.sample, in.timestep, Tensor::Zeros({2, 5, 7})}),
+              HasSubstr("encoder_hidden_states"));
+  EXPECT_THAT(error({in.sample, in.timestep, in.context, Tensor::Zeros({2, 4})}),
+              HasSubstr("down_blocks.0.attentions.0.transformer_blocks.0.attn2"));
+}
+
+TEST(UNetTest, LabelsAreModulePaths) {
+  UNet2DConditionModel unet(Tiny());
+  ComputationGraph graph = unet.Export({{"sample", {DType::kF32, {1, 3, 8, 8}}},
+                                        {"timestep", {DType::kF32, {1}}},
+                                        {"encoder_hidden_states", {DType::kF32, {1, 5, 6}}}});
+  std::set<std::string> labels;
+  for (size_t i = 0; i < graph.nodes().size(); ++i) {
+    labels.insert(graph.label_of(static_cast<int32_t>(i)));
+  }
+  for (const char* label :
+       {"conv_in", "time_proj", "time_embedding.linear_1", "down_blocks.0.resnets.0.conv1",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
+        "down_blocks.0.downsamplers.0.conv", "mid_block.attentions.0.proj_in",
+        "up_blocks.0.upsamplers.0.conv", "conv_norm_out"}) {
+    EXPECT_TRUE(labels.contains(label)) << label;
+  }
+}
+
+// ---------------------------------------------------------------- captions
+
+TEST(CaptionTokenizerTest, WordsAndIds) {
+  EXPECT_EQ(CaptionWords("A small, RED-hot circle!"),
+            (std::vector<std::string>{"a", "small", "red", "hot", "circle"}));
+  EXPECT_EQ(CaptionWords("  "), std::vector<std::string>{});
+  EXPECT_EQ(CaptionWords("piñata 2"), (std::vector<std::string>{"piñata", "2"}));
+
+  std::vector<std::string> captions = {"a red dog", "A blue dog."};
+  CaptionTokenizer tokenizer(CaptionTokenizer::BuildVocabulary(captions), 4);
+  EXPECT_EQ(tokenizer.vocabulary(),
+            (std::vector<std::string>{"<pad>", "<unk>", "a", "blue", "dog", "red"}));
+  auto encoded = tokenizer.Encode("a RED cat, cat and dog dog");
+  EXPECT_EQ(encoded.ids, (std::vector<int64_t>{2, 5, 1, 1}));
+  EXPECT_EQ(encoded.unknown, (std::vector<std::string>{"cat", "and"}));
+  EXPECT_EQ(encoded.cut, (std::vector<std::string>{"and", "dog", "dog"}));
+  EXPECT_EQ(encoded.words, 7);
+  EXPECT_EQ(tokenizer.Encode("").ids, (std::vector<int64_t>{0, 0, 0, 0}));
+  Tensor rows = tokenizer.EncodeAll(captions);
+  EXPECT_EQ(rows.shape(), Shape({2, 4}));
+  EXPECT_EQ(rows.data<int64_t>()[4 + 1], 3);
+
+  EXPECT_THAT(MessageOf<ValueError>([] { CaptionTokenizer({"a"}, 4); }), HasSubstr("<pad>"));
+  EXPECT_THAT(MessageOf<ValueError>([] {
+                CaptionTokenizer({"<pad>", "<unk>", "Dog"}, 4);
+              }),
+              HasSubstr("'Dog'"));
+  EXPECT_THAT(MessageOf<ValueError>([] {
+                CaptionTokenizer({"<pad>", "<unk>", "a", "a"}, 4);
+              }),
+              HasSubstr("twice"));
+  EXPECT_THAT(MessageOf<ValueError>([] {
+                CaptionTokenizer({"<pad>", "<unk>"}, 0);
+              }),
+              HasSubstr("length"));
+}
+
+TEST(CaptionEncoderTest, ConfigRoundTripAndErrors) {
+  CaptionEncoderConfig config{.vocabulary = {"<pad>", "<unk>", "blue", "piñata"},
+                              .max_length = 5,
+                              .hidden_size = 12,
+                              .num_layers = 2,
+                              .num_attention_heads = 3,
+                              .final_layer_norm = true};
+  EXPECT_EQ(CaptionEncoderConfig::FromJson(config.ToJson()), config);
+  auto error = [](const std::string& text) {
+    return MessageOf<ValueError>([&] { CaptionEncoderConfig::FromJson(text); });
+  };
+  EXPECT_THAT(error(R"({"hidden": 3})"), HasSubstr("'hidden'"));
+  EXPECT_THAT(error(R"({"hidden_size": 10})"), HasSubstr("num_attention_heads"));
+  EXPECT_THAT(error(R"({"vocabulary": ["dog"]})"), HasSubstr("<pad>"));
+  EXPECT_THAT(error(R"({"_class_name": "CLIPTextModel"})"), HasSubstr("CLIPTextModel"));
+}
+
+TEST(CaptionEncoderTest, FormulaAndTraining) {
+  CaptionEncoderConfig config{
+      .vocabulary = {"<pad>", "<unk>", "a", "b"}, .max_length = 3, .hidden_size = 8};
+  CaptionEncoder plain(config);
+  Tensor ids = Tensor::From(Shape{2, 3}, std::vector<int64_t>{2, 3, 0, 3, 2, 1});
+  Tensor y = plain.Forward(ids);
+  ASSERT_EQ(y.shape(), Shape({2, 3, 8}));
+  Tensor words = plain.FindParameter("token_embedding.weight")->value();
+  Tensor places = plain.FindParameter("position_embedding.weight")->value();
+  for (int64_t i = 0; i < y.elements(); ++i) {
+    int64_t word = ids.data<int64_t>()[i / 8], place = i / 8 % 3;
+    EXPECT_EQ(y.data()[i], words.data()[word * 8 + i % 8] + places.data()[place * 8 + i % 8]);
+  }
+
+  // With blocks a word's vector depends on the other words; the gradient reaches every parameter.
+  config.num_layers = 2;
+  config.final_layer_norm = true;
+  CaptionEncoder deep(config);
+  deep.Initialize(1);
+  Tensor before = deep.Forward(ids);
+  Random random(9);
+  deep.Backward(random.NormalTensor(before.shape()));
+  for (const ParameterPtr& parameter : deep.NamedParameters()) {
+    EXPECT_GT(Largest(parameter->gradient), 0) << parameter->name();
+  }
+  Tensor changed = Tensor::From(Shape{2, 3}, std::vector<int64_t>{2, 3, 1, 3, 2, 1});
+  Tensor after = deep.Forward(changed);
+  EXPECT_GT(std::abs(after.data()[0] - before.data()[0]), 1e-4);
+  EXPECT_EQ(after.data()[3 * 8], before.data()[3 * 8]);
+
+  EXPECT_THROW(deep.Forward(Tensor::From(Shape{1, 4}, std::vector<int64_t>{0, 0, 0, 0})),
+               ShapeError);
+  EXPECT_THROW(deep.Forward(Tensor::From(Shape{1, 1}, std::vector<int64_t>{4})), ValueError);
+}
+
+}  // namespace
+}  // namespace calotype
