@@ -1,0 +1,197 @@
+#include "jit/compile.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <string_view>
+
+#include "core/debug.h"
+#include "graph/passes.h"
+#include "jit/compile_check.h"
+#include "jit/kernel.h"
+#include "jit/orc.h"
+#include "jit/plan.h"
+
+namespace calotype::jit {
+
+namespace {
+
+enum class Mode { kOn, kOff, kCheck };
+
+Mode EnvironmentMode() {
+  const char* text = std::getenv("CALOTYPE_JIT");
+  std::string_view mode = text ? text : "";
+  if (mode.empty() || mode == "on") return Mode::kOn;
+  if (mode == "off") return Mode::kOff;
+  Check(mode == "check", "CALOTYPE_JIT is \"{}\"; it must be on, off or check", mode);
+  return Mode::kCheck;
+}
+
+double MillisecondsSince(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
+      .count();
+}
+
+ExecutableData::Buffer Convert(const Buffer& buffer, const LoweredProgram& program) {
+  using To = ExecutableData::Buffer;
+  To to;
+  to.index = buffer.index;
+  to.offset = buffer.offset;
+  switch (buffer.storage) {
+    case Storage::kArena:
+      to.kind = To::kArena;
+      break;
+    case Storage::kPersistent:
+      to.kind = To::kPersistent;
+      break;
+    case Storage::kInput:
+      to.kind = To::kInput;
+      break;
+    case Storage::kOutput:
+      to.kind = To::kOutput;
+      break;
+    case Storage::kParameter:
+      to.kind = To::kFixed;
+      to.fixed = const_cast<void*>(program.parameters[buffer.index]->value().raw());
+      break;
+    case Storage::kConstant:
+      to.kind = To::kFixed;
+      to.fixed = const_cast<void*>(program.constants[buffer.index].raw());
+      break;
+  }
+  return to;
+}
+
+ExecutableData::IndexCheck Convert(const IndexCheck& check) {
+  ExecutableData::IndexCheck to{.buffer = check.view.buffer,
+                                .dtype = check.view.dtype,
+                                .offset = check.view.offset,
+                                .extents = {},
+                                .strides = {},
+                                .limit = check.limit,
+                                .label = check.label};
+  for (const Axis& axis : check.view.axes) {
+    for (const Piece& piece : axis) {
+      if (piece.stride == 0) continue;
+      to.extents.push_back(piece.extent);
+      to.strides.push_back(piece.stride);
+    }
+  }
+  Check<UnsupportedError>(to.extents.size() <= 2 * Shape::kMaxRank,
+                          "{}: indices have {} dimensions", check.label, to.extents.size());
+  return to;
+}
+
+}  // namespace
+
+bool JitEnabled() { return EnvironmentMode() != Mode::kOff; }
+
+std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const CompileOptions& options) {
+  Mode mode = EnvironmentMode();
+  Check<UnsupportedError>(mode != Mode::kOff, "compile: CALOTYPE_JIT=off forbids it; run eagerly");
+  auto start = std::chrono::steady_clock::now();
+  auto program =
+      std::make_shared<LoweredProgram>(Lower(graph, {.fuse = options.fuse && PassEnabled("fuse")}));
+  MemoryPlan plan = PlanMemory(*program);
+  ExecutableData data;
+  data.stats.lower_ms = MillisecondsSince(start);
+
+  if (DebugEnabled("fuse")) DebugLine(ToString(*program));
+  if (!DumpFolder().empty()) Dump("lowered.txt", ToString(*program));
+  if (DebugEnabled("mem")) {
+    DebugLine(fmt::format("mem: arena {} bytes, {} live at most, {} persistent", plan.arena_bytes,
+                          plan.max_live_bytes, plan.persistent_bytes));
+  }
+
+  start = std::chrono::steady_clock::now();
+  std::vector<NamedSpec> specs;
+  for (const auto* steps : {&program->prepare, &program->steps}) {
+    for (const Step& step : *steps) specs.push_back({step.spec, step.label});
+  }
+  auto kernels = std::make_shared<CompiledKernels>(CompileKernels(specs));
+  data.stats.compile_ms = MillisecondsSince(start);
+  size_t next = 0;
+  auto convert = [&](const std::vector<Step>& steps) {
+    std::vector<ExecutableData::Step> result;
+    for (const Step& step : steps) {
+      int64_t chunks = Chunks(step.spec);
+      if (chunks > 0)
+        result.push_back({kernels->functions()[next], chunks, step.buffers, step.label});
+      Check<InternalError>(chunks > 0, "compile: step \"{}\" is empty", step.label);
+      ++next;
+    }
+    return result;
+  };
+  data.prepare = convert(program->prepare);
+  data.steps = convert(program->steps);
+  for (const Buffer& buffer : program->buffers) data.buffers.push_back(Convert(buffer, *program));
+  for (const IndexCheck& check : program->checks) data.checks.push_back(Convert(check));
+  for (int32_t input : program->graph.inputs()) {
+    data.input_names.push_back(program->graph.node(input).name);
+    data.input_types.push_back(program->graph.node(input).types[0]);
+  }
+  for (const GraphOutput& output : program->graph.outputs()) {
+    data.output_names.push_back(output.name);
+    data.output_types.push_back(program->graph.type(output.value));
+  }
+  data.parameters = program->parameters;
+  data.constants = program->constants;
+  for (int index : program->updated) data.updated.push_back(program->parameters[index]);
+  for (const Step& step : program->prepare) {
+    for (int b : step.buffers) {
+      const Buffer& buffer = program->buffers[b];
+      if (buffer.storage != Storage::kParameter) continue;
+      const ParameterPtr& parameter = program->parameters[buffer.index];
+      auto known = std::find(data.packed.begin(), data.packed.end(), parameter);
+      if (known == data.packed.end()) data.packed.push_back(parameter);
+    }
+  }
+  data.stats.regions = program->regions;
+  data.stats.conversions = program->conversions;
+  data.stats.copies = program->copies;
+  data.stats.steps = static_cast<int>(data.steps.size());
+  data.stats.prepare_steps = static_cast<int>(data.prepare.size());
+  data.stats.kernels = static_cast<int>(kernels->compiled());
+  data.stats.code_bytes = kernels->code_bytes();
+  data.stats.arena_bytes = plan.arena_bytes;
+  data.stats.max_live_bytes = plan.max_live_bytes;
+  data.stats.persistent_bytes = plan.persistent_bytes;
+  data.code = kernels;
+  if (mode == Mode::kCheck || options.check) data.make_checker = MakeChecker(program);
+  return std::make_unique<Executable>(std::move(data));
+}
+
+CompiledFunction::CompiledFunction(Build build, const CompileOptions& options, size_t capacity)
+    : build_(std::move(build)), options_(options), capacity_(capacity) {
+  Check(capacity >= 1, "compiled function: capacity {} must be at least 1", capacity);
+}
+
+std::shared_ptr<Executable> CompiledFunction::For(std::span<const Tensor> inputs) {
+  std::lock_guard lock(mutex_);
+  auto matches = [&](const Entry& entry) {
+    return std::equal(inputs.begin(), inputs.end(), entry.types.begin(), entry.types.end(),
+                      [](const Tensor& x, const TensorType& type) { return x.type() == type; });
+  };
+  auto it = std::find_if(entries_.begin(), entries_.end(), matches);
+  if (it != entries_.end()) {
+    entries_.splice(entries_.begin(), entries_, it);
+    return entries_.front().executable;
+  }
+  Entry entry;
+  for (const Tensor& x : inputs) entry.types.push_back(x.type());
+  entry.executable = Compile(build_(entry.types), options_);
+  ++compiled_;
+  entries_.push_front(std::move(entry));
+  if (entries_.size() > capacity_) {
+    entries_.pop_back();
+    ++evicted_;
+  }
+  return entries_.front().executable;
+}
+
+CompiledFunction::Stats CompiledFunction::stats() const {
+  std::lock_guard lock(mutex_);
+  return {compiled_, evicted_, static_cast<int64_t>(entries_.size())};
+}
+
+}  // namespace calotype::jit

@@ -1,0 +1,68 @@
+// Compile: from a graph to machine code. Every node of the graph is compiled; one that cannot be is
+// an error that names it, never a silent return to the interpreter.
+//
+// CALOTYPE_JIT=check runs the interpreter beside the compiled code and stops at the first step
+// whose result differs (NumericError naming it); CALOTYPE_JIT=off makes JitEnabled() false and
+// Compile an error. CALOTYPE_DEBUG=fuse prints the regions, CALOTYPE_DEBUG=time the time of each
+// step.
+#pragma once
+
+#include <functional>
+#include <list>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "graph/graph.h"
+#include "jit/runtime/executable.h"
+
+namespace calotype::jit {
+
+struct CompileOptions {
+  bool fuse = true;    // false: every elementwise node is a kernel of its own (to bisect)
+  bool check = false;  // as CALOTYPE_JIT=check
+};
+
+// False with CALOTYPE_JIT=off. Errors: ValueError for an unknown value of the variable.
+bool JitEnabled();
+
+// Compiles `graph` for the host. The result keeps the graph's parameters alive and needs neither
+// the graph nor its layers. Errors: UnsupportedError naming op, label and shapes of a node that
+// cannot be compiled, InternalError.
+std::unique_ptr<Executable> Compile(const ComputationGraph& graph,
+                                    const CompileOptions& options = {});
+
+// A function that is compiled for each set of input types it is called with. Keeps the most
+// recently used `capacity` specialisations.
+class CompiledFunction {
+ public:
+  // Builds the graph for inputs of these types; errors (a wrong rank or channel count) pass
+  // through.
+  using Build = std::function<ComputationGraph(std::span<const TensorType> inputs)>;
+  struct Stats {
+    int64_t compiled = 0;  // specialisations so far
+    int64_t evicted = 0;
+    int64_t alive = 0;
+  };
+
+  explicit CompiledFunction(Build build, const CompileOptions& options = {}, size_t capacity = 16);
+
+  std::vector<Tensor> Run(std::span<const Tensor> inputs) { return For(inputs)->Run(inputs); }
+  // The specialisation for inputs like these.
+  std::shared_ptr<Executable> For(std::span<const Tensor> inputs);
+  Stats stats() const;
+
+ private:
+  struct Entry {
+    std::vector<TensorType> types;
+    std::shared_ptr<Executable> executable;
+  };
+  Build build_;
+  CompileOptions options_;
+  size_t capacity_;
+  mutable std::mutex mutex_;
+  std::list<Entry> entries_;  // most recently used first
+  int64_t compiled_ = 0, evicted_ = 0;
+};
+
+}  // namespace calotype::jit

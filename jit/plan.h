@@ -1,0 +1,22 @@
+// The memory plan: where the buffers of a lowered program lie in one arena. A buffer lives from the
+// first to the last step that touches it; buffers that live at the same time do not overlap.
+#pragma once
+
+#include <cstdint>
+
+#include "jit/lower.h"
+
+namespace calotype::jit {
+
+struct MemoryPlan {
+  int64_t arena_bytes = 0;
+  int64_t max_live_bytes = 0;    // the least that any plan can need
+  int64_t persistent_bytes = 0;  // packed weights and other results of the prepare steps
+};
+
+// Sets the offsets of the arena and persistent buffers: greedily by size, each at the lowest offset
+// that is free during its life. Offsets are multiples of 64 bytes.
+// Errors: OutOfMemoryError if sizes overflow.
+MemoryPlan PlanMemory(LoweredProgram& program);
+
+}  // namespace calotype::jit

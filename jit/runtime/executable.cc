@@ -1,0 +1,284 @@
+#include "jit/runtime/executable.h"
+
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+
+#include "core/debug.h"
+#include "core/parallel.h"
+
+namespace calotype::jit {
+
+namespace {
+
+using Step = ExecutableData::Step;
+using Buffer = ExecutableData::Buffer;
+
+struct Call {
+  void (*kernel)(void* const*, int64_t, int64_t);
+  void* const* pointers;
+};
+
+void RunStep(const Step& step, void* const* pointers) {
+  if (step.chunks == 1) {
+    step.kernel(pointers, 0, 1);
+    return;
+  }
+  Call call{step.kernel, pointers};
+  ParallelChunks(
+      step.chunks,
+      [](void* context, int64_t chunk) {
+        auto& c = *static_cast<Call*>(context);
+        c.kernel(c.pointers, chunk, chunk + 1);
+      },
+      &call);
+}
+
+bool Overlap(const Tensor& a, const Tensor& b) {
+  const auto *x = static_cast<const std::byte*>(a.raw()),
+             *y = static_cast<const std::byte*>(b.raw());
+  return a.bytes() > 0 && b.bytes() > 0 && x < y + b.bytes() && y < x + a.bytes();
+}
+
+}  // namespace
+
+// The memory of one call in progress.
+struct Executable::Workspace {
+  std::shared_ptr<void> arena;
+  std::vector<void*> pointers;  // the tables of all steps, one after the other
+  // Entries that differ from call to call.
+  struct Patch {
+    size_t position;
+    int buffer;
+  };
+  std::vector<Patch> patches;
+};
+
+// Packed weights of one version of the parameters. Never written while a call uses them.
+struct Executable::Prepared {
+  std::shared_ptr<void> memory;
+  std::vector<uint64_t> versions;
+};
+
+Executable::Executable(ExecutableData data) : data_(std::move(data)) {
+  timing_ = DebugEnabled("time");
+  step_seconds_.assign(data_.steps.size(), 0);
+  free_.reserve(64);
+  free_.push_back(NewWorkspace());
+  Prepare();
+}
+
+Executable::~Executable() {
+  if (!timing_ || runs_ == 0) return;
+  std::vector<size_t> order(data_.steps.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return step_seconds_[a] > step_seconds_[b]; });
+  double runs = static_cast<double>(runs_.load());
+  double total = std::accumulate(step_seconds_.begin(), step_seconds_.end(), 0.0);
+  DebugLine(fmt::format("time: {} steps, {:.3f} ms a run, {} runs", data_.steps.size(),
+                        total / runs * 1e3, runs_.load()));
+  for (size_t step : order) {
+    DebugLine(fmt::format("time: {:9.1f} us {:5.1f} %  step {:4} ({} chunks) {}",
+                          step_seconds_[step] / runs * 1e6, 100 * step_seconds_[step] / total, step,
+                          data_.steps[step].chunks, data_.steps[step].label));
+  }
+}
+
+void* Executable::Address(const Buffer& buffer, void* arena, void* persistent,
+                          std::span<const Tensor> inputs, std::span<Tensor> outputs) const {
+  switch (buffer.kind) {
+    case Buffer::kArena:
+      return static_cast<std::byte*>(arena) + buffer.offset;
+    case Buffer::kPersistent:
+      return static_cast<std::byte*>(persistent) + buffer.offset;
+    case Buffer::kInput:
+      return inputs.empty() ? nullptr : const_cast<void*>(inputs[buffer.index].raw());
+    case Buffer::kOutput:
+      return outputs.empty() ? nullptr : outputs[buffer.index].raw();
+    case Buffer::kFixed:
+      return buffer.fixed;
+  }
+  return nullptr;
+}
+
+std::unique_ptr<Executable::Workspace> Executable::NewWorkspace() const {
+  auto workspace = std::make_unique<Workspace>();
+  workspace->arena = AllocateStorage(std::max<int64_t>(data_.stats.arena_bytes, 64));
+  for (const Step& step : data_.steps) {
+    for (int b : step.buffers) {
+      const Buffer& buffer = data_.buffers[b];
+      if (buffer.kind != Buffer::kArena && buffer.kind != Buffer::kFixed) {
+        workspace->patches.push_back({workspace->pointers.size(), b});
+      }
+      workspace->pointers.push_back(Address(buffer, workspace->arena.get(), nullptr, {}, {}));
+    }
+  }
+  return workspace;
+}
+
+// The packed weights of the current versions; makes them if a parameter has changed.
+std::shared_ptr<Executable::Prepared> Executable::Prepare() {
+  std::lock_guard lock(mutex_);
+  if (prepared_) {
+    bool current = true;
+    for (size_t p = 0; p < data_.packed.size(); ++p) {
+      current = current && prepared_->versions[p] == data_.packed[p]->version();
+    }
+    if (current) return prepared_;
+  }
+  // A block that no call uses is written again; otherwise calls keep the old one to their end.
+  std::shared_ptr<Prepared> next =
+      prepared_ && prepared_.use_count() == 1 ? prepared_ : std::make_shared<Prepared>();
+  if (!next->memory) {
+    next->memory = AllocateStorage(std::max<int64_t>(data_.stats.persistent_bytes, 64));
+  }
+  next->versions.clear();
+  for (const ParameterPtr& parameter : data_.packed) {
+    next->versions.push_back(parameter->version());
+  }
+  std::vector<void*> pointers;
+  for (const Step& step : data_.prepare) {
+    pointers.clear();
+    for (int b : step.buffers) {
+      pointers.push_back(Address(data_.buffers[b], nullptr, next->memory.get(), {}, {}));
+    }
+    RunStep(step, pointers.data());
+  }
+  if (!data_.prepare.empty()) ++repacks_;
+  prepared_ = next;
+  return prepared_;
+}
+
+void Executable::CheckArguments(std::span<const Tensor> inputs, std::span<Tensor> outputs) const {
+  Check<ShapeError>(inputs.size() == data_.input_types.size(),
+                    "run: {} inputs given, {} declared ({})", inputs.size(),
+                    data_.input_types.size(), fmt::join(data_.input_names, ", "));
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    Check<ShapeError>(inputs[i].defined(), "run: input \"{}\" is undefined, expects {}",
+                      data_.input_names[i], data_.input_types[i]);
+    Check<ShapeError>(inputs[i].type() == data_.input_types[i],
+                      "run: input \"{}\" is {}, expects {}", data_.input_names[i], inputs[i].type(),
+                      data_.input_types[i]);
+  }
+  Check<ShapeError>(outputs.size() == data_.output_types.size(),
+                    "run: {} outputs given, {} declared", outputs.size(),
+                    data_.output_types.size());
+  for (size_t o = 0; o < outputs.size(); ++o) {
+    Check<ShapeError>(outputs[o].defined() && outputs[o].type() == data_.output_types[o],
+                      "run: output \"{}\" is {}, expects {}", data_.output_names[o],
+                      outputs[o].defined() ? outputs[o].type() : TensorType{},
+                      data_.output_types[o]);
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      Check(!Overlap(outputs[o], inputs[i]), "run: output \"{}\" overlaps input \"{}\"",
+            data_.output_names[o], data_.input_names[i]);
+    }
+    for (size_t p = 0; p < o; ++p) {
+      Check(!Overlap(outputs[o], outputs[p]), "run: output \"{}\" overlaps output \"{}\"",
+            data_.output_names[o], data_.output_names[p]);
+    }
+    for (const ParameterPtr& parameter : data_.parameters) {
+      Check(!Overlap(outputs[o], parameter->value()), "run: output \"{}\" overlaps parameter {}",
+            data_.output_names[o], parameter->name());
+    }
+  }
+}
+
+void Executable::CheckIndices(std::span<const Tensor> inputs, const Prepared& prepared) const {
+  for (const ExecutableData::IndexCheck& check : data_.checks) {
+    const void* base =
+        Address(data_.buffers[check.buffer], nullptr, prepared.memory.get(), inputs, {});
+    int64_t index[2 * Shape::kMaxRank] = {}, total = 1;
+    const size_t rank = check.extents.size();
+    for (int64_t extent : check.extents) total *= extent;
+    for (int64_t n = 0; n < total; ++n) {
+      int64_t at = check.offset;
+      for (size_t d = 0; d < rank; ++d) at += index[d] * check.strides[d];
+      int64_t value = check.dtype == DType::kI32 ? static_cast<const int32_t*>(base)[at]
+                                                 : static_cast<const int64_t*>(base)[at];
+      Check(value >= 0 && value < check.limit, "{}: index {} at position {} is not in [0, {})",
+            check.label, value, n, check.limit);
+      for (size_t d = rank; d-- > 0;) {
+        if (++index[d] < check.extents[d]) break;
+        index[d] = 0;
+      }
+    }
+  }
+}
+
+void Executable::Execute(const std::vector<Step>& steps, void* const* pointers) {
+  for (const Step& step : steps) {
+    RunStep(step, pointers);
+    pointers += step.buffers.size();
+  }
+}
+
+void Executable::ExecuteWatched(void* const* pointers, StepChecker* checker,
+                                std::span<void* const> addresses) {
+  for (size_t s = 0; s < data_.steps.size(); ++s) {
+    auto start = std::chrono::steady_clock::now();
+    RunStep(data_.steps[s], pointers);
+    if (timing_) {
+      std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+      std::lock_guard lock(time_mutex_);
+      step_seconds_[s] += seconds.count();
+    }
+    pointers += data_.steps[s].buffers.size();
+    if (checker) checker->AfterStep(false, s, addresses);
+  }
+}
+
+void Executable::Run(std::span<const Tensor> inputs, std::span<Tensor> outputs) {
+  CheckArguments(inputs, outputs);
+  std::shared_ptr<Prepared> prepared = Prepare();
+  CheckIndices(inputs, *prepared);
+
+  std::unique_ptr<Workspace> workspace;
+  {
+    std::lock_guard lock(mutex_);
+    if (!free_.empty()) {
+      workspace = std::move(free_.back());
+      free_.pop_back();
+    }
+  }
+  if (!workspace) workspace = NewWorkspace();
+  void* persistent = prepared->memory.get();
+  for (const Workspace::Patch& patch : workspace->patches) {
+    workspace->pointers[patch.position] =
+        Address(data_.buffers[patch.buffer], nullptr, persistent, inputs, outputs);
+  }
+  if (data_.make_checker || timing_) {
+    std::unique_ptr<StepChecker> checker;
+    std::vector<void*> addresses;
+    if (data_.make_checker) {
+      checker = data_.make_checker(inputs);
+      for (const Buffer& buffer : data_.buffers) {
+        addresses.push_back(Address(buffer, workspace->arena.get(), persistent, inputs, outputs));
+      }
+      for (size_t s = 0; s < data_.prepare.size(); ++s) checker->AfterStep(true, s, addresses);
+    }
+    ExecuteWatched(workspace->pointers.data(), checker.get(), addresses);
+  } else {
+    Execute(data_.steps, workspace->pointers.data());
+  }
+  for (const ParameterPtr& parameter : data_.updated) parameter->Write();
+  ++runs_;
+  std::lock_guard lock(mutex_);
+  if (free_.size() < free_.capacity()) free_.push_back(std::move(workspace));
+}
+
+std::vector<Tensor> Executable::Run(std::span<const Tensor> inputs) {
+  std::vector<Tensor> outputs;
+  for (const TensorType& type : data_.output_types) outputs.emplace_back(type);
+  Run(inputs, outputs);
+  return outputs;
+}
+
+ExecutableStats Executable::Stats() const {
+  ExecutableStats stats = data_.stats;
+  stats.runs = runs_;
+  stats.repacks = repacks_;
+  return stats;
+}
+
+}  // namespace calotype::jit

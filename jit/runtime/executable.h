@@ -1,0 +1,125 @@
+// Executable: compiled code ready to run. A flat list of kernel calls over one arena, without
+// allocation, locking or dispatch per step. Links no compiler.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/parameter.h"
+#include "core/tensor.h"
+
+namespace calotype::jit {
+
+// What compiling and running have cost so far.
+struct ExecutableStats {
+  int regions = 0;               // kernels that compute
+  int conversions = 0;           // kernels that only change a layout, packing of weights included
+  int copies = 0;                // kernels that only move or clear elements otherwise
+  int steps = 0;                 // kernel calls in a run
+  int prepare_steps = 0;         // kernel calls after a change of parameters
+  int kernels = 0;               // different kernels compiled
+  int64_t code_bytes = 0;        // of their object files
+  int64_t arena_bytes = 0;       // memory of one run
+  int64_t max_live_bytes = 0;    // the least that any plan of it can need
+  int64_t persistent_bytes = 0;  // packed weights
+  double lower_ms = 0, compile_ms = 0;
+  int64_t runs = 0;
+  int64_t repacks = 0;  // runs of the prepare steps
+};
+
+// Compares the results of steps with an interpreter (CALOTYPE_JIT=check).
+class StepChecker {
+ public:
+  virtual ~StepChecker() = default;
+  // Called after each step; `addresses` are those of all buffers. Errors: NumericError.
+  virtual void AfterStep(bool prepare, size_t step, std::span<void* const> addresses) = 0;
+};
+
+// What Compile hands over.
+struct ExecutableData {
+  struct Buffer {
+    enum Kind : uint8_t { kArena, kPersistent, kInput, kOutput, kFixed } kind = kArena;
+    int index = 0;          // of the input or output
+    int64_t offset = 0;     // bytes
+    void* fixed = nullptr;  // of parameters and constants
+  };
+  struct Step {
+    void (*kernel)(void* const* pointers, int64_t begin, int64_t end) = nullptr;
+    int64_t chunks = 1;
+    std::vector<int> buffers;
+    std::string label;
+  };
+  // Indices that must lie in [0, limit).
+  struct IndexCheck {
+    int buffer = 0;
+    DType dtype = DType::kI64;
+    int64_t offset = 0;
+    std::vector<int64_t> extents, strides;
+    int64_t limit = 0;
+    std::string label;
+  };
+  std::vector<std::string> input_names, output_names;
+  std::vector<TensorType> input_types, output_types;
+  std::vector<Buffer> buffers;
+  std::vector<Step> prepare, steps;
+  std::vector<IndexCheck> checks;
+  std::vector<ParameterPtr> parameters;  // all that the code reads or writes
+  std::vector<ParameterPtr> packed;      // read by the prepare steps
+  std::vector<ParameterPtr> updated;     // written by the steps
+  std::vector<Tensor> constants;
+  std::shared_ptr<void> code;
+  ExecutableStats stats;
+  std::function<std::unique_ptr<StepChecker>(std::span<const Tensor>)> make_checker;
+};
+
+class Executable {
+ public:
+  explicit Executable(ExecutableData data);
+  ~Executable();
+  Executable(const Executable&) = delete;
+
+  // Runs the graph: inputs in the order of its inputs, outputs in the order of its outputs. Applies
+  // its updates to the parameters, whose versions grow. Weights changed since the last call (see
+  // Parameter::Write) are seen. Several threads may call Run at once if the graph has no updates.
+  // Errors: ShapeError naming an input that does not fit, ValueError for an index out of range;
+  // then nothing has been written.
+  std::vector<Tensor> Run(std::span<const Tensor> inputs);
+  // As above into existing tensors, which must not overlap inputs, parameters or each other
+  // (Errors: ValueError). Allocates nothing unless weights have changed or calls overlap.
+  void Run(std::span<const Tensor> inputs, std::span<Tensor> outputs);
+
+  const std::vector<TensorType>& input_types() const { return data_.input_types; }
+  const std::vector<TensorType>& output_types() const { return data_.output_types; }
+  ExecutableStats Stats() const;
+
+ private:
+  struct Workspace;
+  struct Prepared;
+
+  void CheckArguments(std::span<const Tensor> inputs, std::span<Tensor> outputs) const;
+  void CheckIndices(std::span<const Tensor> inputs, const Prepared& prepared) const;
+  std::shared_ptr<Prepared> Prepare();
+  std::unique_ptr<Workspace> NewWorkspace() const;
+  void* Address(const ExecutableData::Buffer& buffer, void* arena, void* persistent,
+                std::span<const Tensor> inputs, std::span<Tensor> outputs) const;
+  void Execute(const std::vector<ExecutableData::Step>& steps, void* const* pointers);
+  void ExecuteWatched(void* const* pointers, StepChecker* checker,
+                      std::span<void* const> addresses);
+
+  ExecutableData data_;
+  std::mutex mutex_;  // guards prepared_ and free_
+  std::shared_ptr<Prepared> prepared_;
+  std::vector<std::unique_ptr<Workspace>> free_;
+  std::atomic<int64_t> runs_ = 0, repacks_ = 0;
+  bool timing_ = false;
+  std::mutex time_mutex_;
+  std::vector<double> step_seconds_;  // with CALOTYPE_DEBUG=time
+};
+
+}  // namespace calotype::jit
