@@ -1,8 +1,6 @@
 // MatMul: batched matrix product with broadcasting, transposed operands and an optional bias.
 #include <vector>
 
-#include <algorithm>
-
 #include "core/contract.h"
 #include "core/contract_reference.h"
 #include "core/error.h"

@@ -11,7 +11,13 @@ extern const Op kGroupNormOp, kGroupNormGradientOp, kLayerNormOp, kLayerNormGrad
 
 namespace {
 
-void CheckF32(const InferContext& context) {
+// Gamma comes with beta, so there are min_arity or max_arity inputs.
+void CheckInputs(const InferContext& context) {
+  const size_t count = context.inputs.size();
+  Check<ShapeError>(count == static_cast<size_t>(context.op->min_arity) ||
+                        count == static_cast<size_t>(context.op->max_arity),
+                    "{}: {} inputs, expects {} or {}", context.op->name, count,
+                    context.op->min_arity, context.op->max_arity);
   for (const TensorType& input : context.inputs) {
     Check<ShapeError>(input.dtype == DType::kF32, "{}: input is {}, expects f32", context.op->name,
                       input);
@@ -31,11 +37,12 @@ GroupNormShape GroupsOf(std::string_view op, const Shape& x, int64_t groups) {
                     "{}: {} channels cannot form {} groups (x {})", op, x[1], groups, x);
   int64_t positions = 1;
   for (int axis = 2; axis < x.rank(); ++axis) positions *= x[axis];
+  Check<ShapeError>(x[1] * positions > 0, "{}: the groups of x {} are empty", op, x);
   return {x[0], x[1], positions, groups};
 }
 
 std::vector<TensorType> InferGroupNorm(const InferContext& context) {
-  CheckF32(context);
+  CheckInputs(context);
   const Shape& x = context.inputs[0].shape;
   GroupNormShape s = GroupsOf("GroupNorm", x, context.attrs.Int("groups"));
   for (size_t i = 1; i < context.inputs.size(); ++i) {
@@ -43,7 +50,6 @@ std::vector<TensorType> InferGroupNorm(const InferContext& context) {
                       "GroupNorm: gamma and beta must be f32[{}], one is {} (x {})", s.channels,
                       context.inputs[i], x);
   }
-  Check<InternalError>(context.inputs.size() != 2, "GroupNorm: gamma without beta");
   TensorType statistic{DType::kF32, {s.batch, s.groups}};
   return {context.inputs[0], statistic, statistic};
 }
@@ -60,14 +66,14 @@ void RunGroupNorm(const RunContext& context) {
 struct GroupNormParts {
   GroupNormShape s;
   Shape bcn, bc, bgc;
-  float inverse_count;
+  float count;  // elements of a group
 
   explicit GroupNormParts(const GroupNormShape& shape)
       : s(shape),
         bcn{s.batch, s.channels, s.positions},
         bc{s.batch, s.channels},
         bgc{s.batch, s.groups, s.channels / s.groups},
-        inverse_count(1.0f / static_cast<float>(s.channels / s.groups * s.positions)) {}
+        count(static_cast<float>(s.channels / s.groups * s.positions)) {}
 
   // [B, C, N] -> [B, C]: per channel first, so that a channels-last layout adds whole vectors.
   static Value ChannelSum(Value x) { return Sum(x, {2}); }
@@ -84,9 +90,9 @@ std::vector<Value> DecomposeGroupNorm(ComputationGraph&, const ComputationNode& 
                                       std::span<const Value> inputs) {
   GroupNormParts p(GroupsOf("GroupNorm", inputs[0].shape(), node.attrs.Int("groups")));
   Value x = Reshape(inputs[0], p.bcn);
-  Value mean = p.GroupSum(p.ChannelSum(x)) * p.inverse_count;
+  Value mean = p.GroupSum(p.ChannelSum(x)) / p.count;
   Value centred = x - p.PerChannel(mean);
-  Value variance = p.GroupSum(p.ChannelSum(Square(centred))) * p.inverse_count;
+  Value variance = p.GroupSum(p.ChannelSum(Square(centred))) / p.count;
   Value rstd = Rsqrt(variance + static_cast<float>(node.attrs.Float("eps")));
   Value scale = p.PerChannel(rstd);
   if (inputs.size() == 3) scale = scale * Reshape(inputs[1], {p.s.channels, 1});
@@ -118,9 +124,11 @@ std::vector<OpSample> NormSamples(bool gradient, bool group) {
       group ? std::vector<Case>{{{1, 4, 3, 3}, 2, true}, {{2, 6, 5, 7}, 3, true},
                                 {{3, 8, 4}, 8, false},   {{2, 12, 2, 3}, 1, true},
                                 {{2, 32, 17}, 4, true},  {{1, 5}, 1, true},
-                                {{0, 4, 3}, 2, true}}
+                                {{2, 6, 1, 1}, 2, true}, {{1, 4, 33, 65}, 2, true},
+                                {{5, 12}, 4, false},     {{0, 4, 3}, 2, true}}
             : std::vector<Case>{{{5}, 0, true},        {{3, 17}, 0, true}, {{2, 3, 33}, 0, false},
-                                {{4, 2, 64}, 0, true}, {{1, 1}, 0, true},  {{0, 8}, 0, true}};
+                                {{4, 2, 64}, 0, true}, {{1, 1}, 0, true},  {{70, 33}, 0, true},
+                                {{9, 130}, 0, true},   {{0, 8}, 0, true}};
   std::vector<OpSample> samples;
   for (const Case& c : cases) {
     OpSample sample{{{DType::kF32, c.x}}, {{"eps", 1e-5}}};
@@ -144,7 +152,7 @@ std::vector<OpSample> NormSamples(bool gradient, bool group) {
 // ------------------------------------------- GroupNormGradient(dy, x, mean, rstd[, gamma])
 
 std::vector<TensorType> InferGroupNormGradient(const InferContext& context) {
-  CheckF32(context);
+  CheckInputs(context);
   const Shape& x = context.inputs[1].shape;
   GroupNormShape s = GroupsOf("GroupNormGradient", x, context.attrs.Int("groups"));
   Shape statistic{s.batch, s.groups};
@@ -182,8 +190,8 @@ std::vector<Value> DecomposeGroupNormGradient(ComputationGraph&, const Computati
     sum = dbeta * inputs[4];
     sum_xhat = dgamma * inputs[4];
   }
-  Value mean_dy = p.PerChannel(p.GroupSum(sum) * p.inverse_count);
-  Value mean_dy_xhat = p.PerChannel(p.GroupSum(sum_xhat) * p.inverse_count);
+  Value mean_dy = p.PerChannel(p.GroupSum(sum) / p.count);
+  Value mean_dy_xhat = p.PerChannel(p.GroupSum(sum_xhat) / p.count);
   Value dx = rstd * (scaled_dy - mean_dy - xhat * mean_dy_xhat);
   std::vector<Value> result{Reshape(dx, inputs[1].shape())};
   if (affine) result.insert(result.end(), {Sum(dgamma, {0}), Sum(dbeta, {0})});
@@ -195,15 +203,14 @@ std::vector<Value> DecomposeGroupNormGradient(ComputationGraph&, const Computati
 Shape RowsOf(const Shape& x) { return Shape(x.dims().first(x.rank() - 1)); }
 
 std::vector<TensorType> InferLayerNorm(const InferContext& context) {
-  CheckF32(context);
+  CheckInputs(context);
   const Shape& x = context.inputs[0].shape;
-  Check<ShapeError>(x.rank() >= 1, "LayerNorm: x is {}, expects [..., D]", x);
+  Check<ShapeError>(x.rank() >= 1 && x[-1] > 0, "LayerNorm: x is {}, expects [..., D], D > 0", x);
   for (size_t i = 1; i < context.inputs.size(); ++i) {
     Check<ShapeError>(context.inputs[i].shape == Shape{x[-1]},
                       "LayerNorm: gamma and beta must be f32[{}], one is {} (x {})", x[-1],
                       context.inputs[i], x);
   }
-  Check<InternalError>(context.inputs.size() != 2, "LayerNorm: gamma without beta");
   TensorType statistic{DType::kF32, RowsOf(x)};
   return {context.inputs[0], statistic, statistic};
 }
@@ -218,10 +225,11 @@ void RunLayerNorm(const RunContext& context) {
 std::vector<Value> DecomposeLayerNorm(ComputationGraph&, const ComputationNode& node,
                                       std::span<const Value> inputs) {
   Value x = inputs[0];
-  Value mean = Mean(x, {-1}, true);
+  const float width = static_cast<float>(x.dim(-1));
+  Value mean = Sum(x, {-1}, true) / width;
   Value centred = x - mean;
-  Value rstd =
-      Rsqrt(Mean(Square(centred), {-1}, true) + static_cast<float>(node.attrs.Float("eps")));
+  Value variance = Sum(Square(centred), {-1}, true) / width;
+  Value rstd = Rsqrt(variance + static_cast<float>(node.attrs.Float("eps")));
   Value y = centred * rstd;
   if (inputs.size() == 3) y = y * inputs[1] + inputs[2];
   Shape rows = RowsOf(x.shape());
@@ -235,7 +243,7 @@ std::vector<Value> GradientLayerNorm(const GradientContext& context) {
 // ------------------------------------------- LayerNormGradient(dy, x, mean, rstd[, gamma])
 
 std::vector<TensorType> InferLayerNormGradient(const InferContext& context) {
-  CheckF32(context);
+  CheckInputs(context);
   const Shape& x = context.inputs[1].shape;
   Check<ShapeError>(x.rank() >= 1 && context.inputs[0].shape == x &&
                         context.inputs[2].shape == RowsOf(x) &&
@@ -270,8 +278,10 @@ std::vector<Value> DecomposeLayerNormGradient(ComputationGraph&, const Computati
   Value xhat = (x - column(inputs[2])) * rstd;
   const bool affine = inputs.size() == 5;
   Value scaled_dy = affine ? dy * inputs[4] : dy;
-  Value dx =
-      rstd * (scaled_dy - Mean(scaled_dy, {-1}, true) - xhat * Mean(scaled_dy * xhat, {-1}, true));
+  const float width = static_cast<float>(x.dim(-1));
+  Value mean_dy = Sum(scaled_dy, {-1}, true) / width;
+  Value mean_dy_xhat = Sum(scaled_dy * xhat, {-1}, true) / width;
+  Value dx = rstd * (scaled_dy - mean_dy - xhat * mean_dy_xhat);
   std::vector<Value> result{dx};
   if (affine) {
     Shape flat{inputs[2].shape().elements(), x.dim(-1)};
@@ -287,6 +297,8 @@ std::vector<OpSample> SamplesLayerNorm() { return NormSamples(false, false); }
 std::vector<OpSample> SamplesLayerNormGradient() { return NormSamples(true, false); }
 
 Value EmitNorm(const Op& op, Value x, Value gamma, Value beta, Attrs attrs) {
+  Check<ShapeError>(gamma.defined() == beta.defined(), "{}: gamma and beta come together (x {})",
+                    op.name, x.shape());
   std::vector<Value> inputs{x};
   if (gamma.defined()) inputs.insert(inputs.end(), {gamma, beta});
   return x.graph->EmitOne(op, inputs, std::move(attrs));

@@ -1,5 +1,6 @@
 // PhiloxUniform: random numbers as a pure function of a seed.
 #include "core/error.h"
+#include "core/parallel.h"
 #include "core/philox.h"
 #include "graph/functions.h"
 #include "graph/op.h"
@@ -21,15 +22,20 @@ void Run(const RunContext& context) {
   const uint64_t seed = static_cast<uint64_t>(context.inputs[0].data<int64_t>()[0]);
   const uint64_t stream = static_cast<uint64_t>(context.attrs.Int("stream"));
   T* y = context.outputs[0].data<T>();
-  for (int64_t i = 0; i < context.outputs[0].elements(); ++i) {
-    y[i] = static_cast<T>(PhiloxUniformAt(seed, stream, static_cast<uint64_t>(i)));
-  }
+  ParallelFor(context.outputs[0].elements(), 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      y[i] = static_cast<T>(PhiloxUniformAt(seed, stream, static_cast<uint64_t>(i)));
+    }
+  });
 }
 
 std::vector<OpSample> Samples() {
-  OpSample sample{{{DType::kI64, Shape{1}}},
-                  {{"shape", std::vector<int64_t>{3, 17}}, {"stream", int64_t{5}}}};
-  return {sample};
+  std::vector<OpSample> samples;
+  for (const Shape& shape : {Shape{}, Shape{5}, Shape{3, 17}, Shape{2, 3, 1000}, Shape{0, 2}}) {
+    samples.push_back(
+        {{{DType::kI64, Shape{1}}}, {{"shape", shape.ToVector()}, {"stream", int64_t{5}}}});
+  }
+  return samples;
 }
 
 }  // namespace
