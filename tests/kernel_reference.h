@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/random.h"
 #include "jit/kernel.h"
 
 namespace calotype::jit::reference {
@@ -140,6 +141,130 @@ inline void Run(const ContractionSpec& s, void* const* pointers) {
     });
     StoreEpilogue(s.epilogue, pointers, index, result);
   });
+}
+
+// Scores of one query and what softmax makes of them; none is left where all keys are masked.
+struct Softmax {
+  std::vector<double> weights;
+  double lse;
+};
+
+inline Softmax Weights(const AttentionSpec& s, void* const* p, int64_t b, int64_t h, int64_t i) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  std::vector<double> scores(s.keys);
+  double top = -kInfinity, sum = 0;
+  for (int64_t j = 0; j < s.keys; ++j) {
+    double score = 0;
+    for (int64_t d = 0; d < s.head_dim; ++d)
+      score += Read(s.q, p, {b, h, i, d}) * Read(s.k, p, {b, h, j, d});
+    score *= s.scale;
+    if (s.has_mask) score += Read(s.mask, p, {b, h, i, j});
+    if (s.causal && j > i) score = -kInfinity;
+    scores[j] = score;
+    top = std::max(top, score);
+  }
+  if (top == -kInfinity) return {std::vector<double>(s.keys, 0.0), -kInfinity};
+  for (double& score : scores) sum += score = std::exp(score - top);
+  for (double& score : scores) score /= sum;
+  return {scores, top + std::log(sum)};
+}
+
+inline void Run(const AttentionSpec& s, void* const* p) {
+  ForEach({s.batch, s.heads, s.queries}, [&](const Index& x) {
+    Softmax softmax = Weights(s, p, x[0], x[1], x[2]);
+    for (int64_t d = 0; d < s.value_dim; ++d) {
+      double sum = 0;
+      for (int64_t j = 0; j < s.keys; ++j)
+        sum += softmax.weights[j] * Read(s.v, p, {x[0], x[1], j, d});
+      At(s.out, p, {x[0], x[1], x[2], d}) = static_cast<float>(sum);
+    }
+    At(s.lse, p, x) = static_cast<float>(softmax.lse);
+  });
+}
+
+// Takes D from exact weights and values; `out` and `lse` in memory are not read.
+inline void Run(const AttentionGradientSpec& g, void* const* p) {
+  const AttentionSpec& s = g.forward;
+  auto add = [&](std::vector<double>& sums, const Operand& o, const Index& x, double value) {
+    sums[Position(o, x)] += value;
+  };
+  auto sums = [&](const Operand& o, int64_t rows, int64_t columns) {
+    return std::vector<double>(Position(o, {s.batch - 1, s.heads - 1, rows - 1, columns - 1}) + 1,
+                               0.0);
+  };
+  std::vector<double> dq = sums(g.dq, s.queries, s.head_dim), dk = sums(g.dk, s.keys, s.head_dim),
+                      dv = sums(g.dv, s.keys, s.value_dim);
+  ForEach({s.batch, s.heads, s.queries}, [&](const Index& x) {
+    int64_t b = x[0], h = x[1], i = x[2];
+    Softmax softmax = Weights(s, p, b, h, i);
+    std::vector<double> dweights(s.keys, 0.0);
+    double delta = 0;
+    for (int64_t j = 0; j < s.keys; ++j) {
+      for (int64_t d = 0; d < s.value_dim; ++d) {
+        double dout = Read(g.dout, p, {b, h, i, d});
+        dweights[j] += dout * Read(s.v, p, {b, h, j, d});
+        add(dv, g.dv, {b, h, j, d}, softmax.weights[j] * dout);
+      }
+      delta += softmax.weights[j] * dweights[j];
+    }
+    for (int64_t j = 0; j < s.keys; ++j) {
+      double dscore = s.scale * softmax.weights[j] * (dweights[j] - delta);
+      for (int64_t d = 0; d < s.head_dim; ++d) {
+        add(dq, g.dq, {b, h, i, d}, dscore * Read(s.k, p, {b, h, j, d}));
+        add(dk, g.dk, {b, h, j, d}, dscore * Read(s.q, p, {b, h, i, d}));
+      }
+    }
+  });
+  auto store = [&](const std::vector<double>& from, const Operand& o, int64_t rows,
+                   int64_t columns) {
+    ForEach({s.batch, s.heads, rows, columns},
+            [&](const Index& x) { At(o, p, x) = static_cast<float>(from[Position(o, x)]); });
+  };
+  store(dq, g.dq, s.queries, s.head_dim);
+  store(dk, g.dk, s.keys, s.head_dim);
+  store(dv, g.dv, s.keys, s.value_dim);
+}
+
+inline int64_t ReadIndex(const Operand& indices, void* const* p, const Index& i) {
+  return static_cast<int64_t>(Read(indices, p, i));
+}
+
+inline void Run(const GatherSpec& s, void* const* p) {
+  ForEach(s.outer, [&](const Index& o) {
+    ForEach(s.index, [&](const Index& i) {
+      ForEach(s.inner, [&](const Index& r) {
+        int64_t from = Position(s.x, Join(Join(o, {ReadIndex(s.indices, p, i)}), r));
+        int64_t to = Position(s.out, Join(Join(o, i), r));
+        std::memcpy(static_cast<char*>(p[s.out.pointer]) + to * DTypeSize(s.out.dtype),
+                    static_cast<char*>(p[s.x.pointer]) + from * DTypeSize(s.x.dtype),
+                    DTypeSize(s.x.dtype));
+      });
+    });
+  });
+}
+
+inline void Run(const ScatterAddSpec& s, void* const* p) {
+  ForEach(s.outer, [&](const Index& o) {
+    ForEach(s.inner, [&](const Index& r) {
+      for (int64_t a = 0; a < s.axis_size; ++a) At(s.out, p, Join(Join(o, {a}), r)) = 0;
+      ForEach(s.index, [&](const Index& i) {
+        At(s.out, p, Join(Join(o, {ReadIndex(s.indices, p, i)}), r)) +=
+            At(s.dy, p, Join(Join(o, i), r));
+      });
+    });
+  });
+}
+
+inline void Run(const PhiloxSpec& s, void* const* p) {
+  uint64_t seed = static_cast<const uint64_t*>(p[s.seed.pointer])[s.seed.offset];
+  for (int64_t i = 0; i < s.elements; ++i) {
+    uint64_t stream = static_cast<uint64_t>(s.stream), index = static_cast<uint64_t>(i);
+    auto words = Philox4x32({static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32),
+                             static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32)},
+                            {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
+    static_cast<float*>(p[s.out.pointer])[s.out.offset + i] =
+        static_cast<float>(words[0] >> 8) * 0x1p-24f;
+  }
 }
 
 }  // namespace calotype::jit::reference

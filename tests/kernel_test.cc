@@ -7,6 +7,7 @@
 #include <array>
 #include <bit>
 #include <deque>
+#include <optional>
 #include <random>
 
 #include "core/error.h"
@@ -43,12 +44,15 @@ struct BufferPlan {
   int64_t elements = 0;
   int64_t most_integer = 4;  // values are integers in [-most, most]; 0: normal numbers
   int64_t least_integer = -4;
+  bool plain = false;  // normal numbers only, no special values
+  bool mask = false;   // 0, -1 or -inf
 };
 
 // A specification under test and the buffers that its operands name.
 struct Case {
   KernelSpec spec;
   std::deque<BufferPlan> buffers;
+  std::optional<KernelSpec> prepare;  // run by the reference first, on both memories
 };
 
 ScalarProgram Identity() {
@@ -188,6 +192,10 @@ void Fill(Rng& rng, const BufferPlan& plan, void* data) {
       static_cast<int32_t*>(data)[i] = static_cast<int32_t>(integer);
     } else if (plan.dtype == DType::kI64) {
       static_cast<int64_t*>(data)[i] = integer;
+    } else if (plan.mask) {
+      static_cast<float*>(data)[i] = rng.Chance(0.5) ? 0 : rng.Chance(0.5) ? -1 : -INFINITY;
+    } else if (plan.plain) {
+      static_cast<float*>(data)[i] = rng.Normal();
     } else if (plan.most_integer > 0) {
       static_cast<float*>(data)[i] = static_cast<float>(integer);
     } else {
@@ -207,9 +215,10 @@ void CallInPieces(Rng& rng, KernelFunction function, void* const* pointers, int6
 }
 
 // Runs the kernel and the reference on equal memory and compares all of it, bit by bit; NaNs are
-// equal.
+// equal. A positive tolerance allows for that part of the largest magnitude in the buffer.
 template <class Spec>
-::testing::AssertionResult Agrees(Rng& rng, const Case& test, KernelFunction function) {
+::testing::AssertionResult Agrees(Rng& rng, const Case& test, KernelFunction function,
+                                  double tolerance, double& worst) {
   std::deque<GuardedBuffer> ours, theirs;
   std::vector<void*> our_pointers, their_pointers;
   for (const BufferPlan& plan : test.buffers) {
@@ -218,6 +227,10 @@ template <class Spec>
     their_pointers.push_back(theirs.emplace_back(bytes).data());
     Fill(rng, plan, ours.back().data());
     std::memcpy(theirs.back().data(), ours.back().data(), bytes);
+  }
+  if (test.prepare) {
+    reference::Run(std::get<AttentionSpec>(*test.prepare), our_pointers.data());
+    reference::Run(std::get<AttentionSpec>(*test.prepare), their_pointers.data());
   }
   CallInPieces(rng, function, our_pointers.data(), Chunks(test.spec));
   reference::Run(std::get<Spec>(test.spec), their_pointers.data());
@@ -228,9 +241,19 @@ template <class Spec>
     }
     const auto* x = static_cast<const uint32_t*>(ours[i].data());
     const auto* y = static_cast<const uint32_t*>(theirs[i].data());
+    double largest = 0;
+    for (int64_t j = 0; j < ours[i].bytes() / 4; ++j) {
+      float b = std::bit_cast<float>(y[j]);
+      if (std::isfinite(b)) largest = std::max<double>(largest, std::abs(b));
+    }
     for (int64_t j = 0; j < ours[i].bytes() / 4; ++j) {
       float a = std::bit_cast<float>(x[j]), b = std::bit_cast<float>(y[j]);
       if (x[j] == y[j] || (std::isnan(a) && std::isnan(b))) continue;
+      double error = std::abs(static_cast<double>(a) - b) / largest;
+      if (tolerance > 0 && error <= tolerance) {
+        worst = std::max(worst, error);
+        continue;
+      }
       return ::testing::AssertionFailure() << "buffer " << i << " word " << j << ": " << a
                                            << " instead of " << b << " in " << ToString(test.spec);
     }
@@ -243,14 +266,17 @@ class KernelTest : public ::testing::TestWithParam<const char*> {
   Target target() const { return MakeTarget(GetParam()); }
 
   template <class Spec>
-  void Check(const std::vector<Case>& cases, uint32_t seed) {
+  void Check(const std::vector<Case>& cases, uint32_t seed, double tolerance = 0) {
     std::vector<NamedSpec> specs;
     for (const Case& test : cases) specs.push_back({test.spec, "test"});
     CompiledKernels kernels = CompileKernels(specs, target());
     Rng rng(seed);
+    double worst = 0;
     for (size_t i = 0; i < cases.size(); ++i) {
-      ASSERT_TRUE(Agrees<Spec>(rng, cases[i], kernels.functions()[i])) << "case " << i;
+      ASSERT_TRUE(Agrees<Spec>(rng, cases[i], kernels.functions()[i], tolerance, worst))
+          << "case " << i;
     }
+    if (tolerance > 0) RecordProperty("worst", std::to_string(worst / tolerance));
   }
 };
 
@@ -505,6 +531,164 @@ TEST_P(KernelTest, ContractionsAreExactOnIntegers) {
   cases.push_back(Convolution(rng, 2, 6, 6, 32, 1, 3, 3, 1));
   cases.push_back(Convolution(rng, 1, 4, 4, 5, 3, 8, 1, 1));
   Check<ContractionSpec>(cases, 8);
+}
+
+// --- Attention
+
+// Token layout [B, L, H * D]: strides over b, h, i, d; a batch stride of 0 shares the memory.
+Operand Tokens(Case& test, int64_t batch, int64_t heads, int64_t tokens, int64_t width,
+               bool shared) {
+  Operand operand;
+  operand.pointer = static_cast<int>(test.buffers.size());
+  operand.strides = {shared ? 0 : tokens * heads * width, width, heads * width, 1};
+  test.buffers.push_back({DType::kF32, (shared ? 1 : batch) * tokens * heads * width, 0});
+  return operand;
+}
+
+struct AttentionCase {
+  int64_t batch, heads, queries, keys, head_dim, value_dim;
+  bool causal = false;
+  int mask = 0;  // 1: [B, 1, 1, S], 2: [1, 1, L, S], 3: [B, H, L, S]
+  bool shared = false;
+};
+
+Case Attention(const AttentionCase& c) {
+  Case test;
+  AttentionSpec s;
+  s.batch = c.batch;
+  s.heads = c.heads;
+  s.queries = c.queries;
+  s.keys = c.keys;
+  s.head_dim = c.head_dim;
+  s.value_dim = c.value_dim;
+  s.scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
+  s.causal = c.causal;
+  s.has_mask = c.mask > 0;
+  s.q = Tokens(test, c.batch, c.heads, c.queries, c.head_dim, false);
+  s.k = Tokens(test, c.batch, c.heads, c.keys, c.head_dim, c.shared);
+  s.v = Tokens(test, c.batch, c.heads, c.keys, c.value_dim, c.shared);
+  s.out = Tokens(test, c.batch, c.heads, c.queries, c.value_dim, false);
+  s.lse = {4, DType::kF32, 0, {c.heads * c.queries, c.queries, 1}};
+  test.buffers.push_back({DType::kF32, c.batch * c.heads * c.queries, 0});
+  if (c.mask > 0) {
+    s.mask = {5, DType::kF32, 0, {}};
+    int64_t all = c.heads * c.queries * c.keys, one = c.queries * c.keys;
+    s.mask.strides = c.mask == 1   ? Index{c.keys, 0, 0, 1}
+                     : c.mask == 2 ? Index{0, 0, c.keys, 1}
+                                   : Index{all, one, c.keys, 1};
+    test.buffers.push_back({DType::kF32,
+                            c.mask == 1   ? c.batch * c.keys
+                            : c.mask == 2 ? one
+                                          : c.batch * all,
+                            0});
+  }
+  for (BufferPlan& plan : test.buffers) plan.plain = true;
+  if (c.mask > 0) test.buffers.back().mask = true;
+  test.spec = s;
+  return test;
+}
+
+const AttentionCase kAttentionCases[] = {
+    {1, 1, 1, 1, 1, 1},
+    {2, 2, 5, 7, 3, 4},
+    {2, 4, 64, 8, 16, 16},
+    {1, 2, 70, 77, 40, 40},
+    {1, 1, 33, 300, 24, 20},
+    {2, 2, 16, 16, 5, 17},
+    {2, 3, 17, 13, 16, 16, false, 0, true},
+    {2, 2, 40, 40, 8, 8, true},
+    {1, 1, 150, 200, 16, 16, true},
+    {2, 2, 21, 30, 8, 12, false, 1},
+    {2, 2, 21, 140, 8, 12, true, 2, true},
+    {1, 2, 35, 11, 8, 8, false, 3},
+};
+
+TEST_P(KernelTest, Attention) {
+  std::vector<Case> cases;
+  for (const AttentionCase& c : kAttentionCases) cases.push_back(Attention(c));
+  // Another layout: heads outside, dimensions with a stride.
+  Case odd = Attention({2, 2, 20, 20, 6, 6});
+  auto& s = std::get<AttentionSpec>(odd.spec);
+  for (Operand* o : {&s.q, &s.k, &s.v, &s.out}) o->strides = {2 * 6 * 20, 6 * 20, 1, 20};
+  cases.push_back(odd);
+  Check<AttentionSpec>(cases, 10, 2e-6);
+}
+
+TEST_P(KernelTest, AttentionGradients) {
+  std::vector<Case> cases;
+  for (const AttentionCase& c : kAttentionCases) {
+    Case test = Attention(c);
+    AttentionGradientSpec g;
+    g.forward = std::get<AttentionSpec>(test.spec);
+    test.prepare = test.spec;  // out and lse come from the forward kernel's reference
+    g.dout = Tokens(test, c.batch, c.heads, c.queries, c.value_dim, false);
+    g.dq = Tokens(test, c.batch, c.heads, c.queries, c.head_dim, false);
+    g.dk = Tokens(test, c.batch, c.heads, c.keys, c.head_dim, c.shared);
+    g.dv = Tokens(test, c.batch, c.heads, c.keys, c.value_dim, c.shared);
+    for (BufferPlan& plan : test.buffers) plan.plain = true;
+    test.spec = g;
+    cases.push_back(test);
+  }
+  Check<AttentionGradientSpec>(cases, 11, 4e-6);
+}
+
+// --- Gather, ScatterAdd, Philox
+
+TEST_P(KernelTest, GathersAndScatters) {
+  Rng rng(12);
+  std::vector<Case> gathers, scatters;
+  for (int i = 0; i < 30; ++i) {
+    std::vector<int64_t> outer, index, inner;
+    if (rng.Chance(0.5)) outer = {rng.Between(1, 3)};
+    for (int64_t d = rng.Between(0, 2); d > 0; --d) index.push_back(rng.Between(1, 6));
+    for (int64_t d = rng.Between(0, 2); d > 0; --d)
+      inner.push_back(rng.Pick({1, 3, 8, 16, 37, 64}));
+    int64_t axis = rng.Between(1, 9);
+    std::vector<int64_t> small = reference::Join(reference::Join(outer, {axis}), inner);
+    std::vector<int64_t> large = reference::Join(reference::Join(outer, index), inner);
+    auto indices = [&](Case& test) {
+      Operand operand = RandomOperand(rng, test, index, false, 0, 0);
+      BufferPlan& plan = test.buffers.back();
+      operand.dtype = plan.dtype = rng.Chance(0.5) ? DType::kI32 : DType::kI64;
+      plan.least_integer = 0;
+      plan.most_integer = axis - 1;
+      return operand;
+    };
+    Case gather;
+    GatherSpec g{outer, index, inner, axis, {}, {}, {}};
+    g.x = RandomOperand(rng, gather, small, false, 0.1, 0);
+    g.indices = indices(gather);
+    g.out = RandomOperand(rng, gather, large, true, 0.1);
+    if (rng.Chance(0.2)) {
+      g.x.dtype = g.out.dtype = DType::kI64;
+      gather.buffers[g.x.pointer].dtype = gather.buffers[g.out.pointer].dtype = DType::kI64;
+    }
+    gather.spec = g;
+    gathers.push_back(gather);
+    Case scatter;
+    ScatterAddSpec s{outer, index, inner, axis, {}, {}, {}};
+    s.dy = RandomOperand(rng, scatter, large, false, 0.1, 0);
+    s.indices = indices(scatter);
+    s.out = RandomOperand(rng, scatter, small, true, 0.1);
+    scatter.spec = s;
+    scatters.push_back(scatter);
+  }
+  Check<GatherSpec>(gathers, 13);
+  Check<ScatterAddSpec>(scatters, 14);
+}
+
+TEST_P(KernelTest, PhiloxAgreesWithCore) {
+  std::vector<Case> cases;
+  for (int64_t elements : {1, 5, 16, 33, 1000, 100'000}) {
+    Case test;
+    test.buffers = {{DType::kI64, 1, 2'000'000'000, -2'000'000'000}, {DType::kF32, elements}};
+    test.spec = PhiloxSpec{elements,
+                           7 * elements + (int64_t{3} << 33),
+                           {0, DType::kI64, 0, {1}},
+                           {1, DType::kF32, 0, {1}}};
+    cases.push_back(test);
+  }
+  Check<PhiloxSpec>(cases, 15);
 }
 
 }  // namespace
