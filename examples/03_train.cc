@@ -8,7 +8,7 @@
 #include "graph/functions.h"
 #include "layers/linear.h"
 #include "optim/optimizer.h"
-#include "pipelines/executable.h"
+#include "pipelines/graph_runner.h"
 
 using namespace calotype;
 
@@ -27,7 +27,7 @@ int main() {
   for (const ParameterPtr& p : parameters) wrt.push_back(graph.ParameterLeaf(p));
   optimizer.ExportUpdates(graph, Gradients(std::vector{loss}, std::vector<Value>{{}}, wrt));
   graph.Output("loss", loss);
-  Executable step(std::move(graph), Backend::kEager);  // or kJit
+  GraphRunner step(std::move(graph), Backend::kEager);  // or kJit
 
   Random random(/*seed=*/7);
   for (int k = 1; k <= 1000; ++k) {

@@ -20,7 +20,7 @@ double Median(std::vector<double> values) {
 
 Comparison Compare(const std::function<ComputationGraph()>& make_graph,
                    std::span<const Tensor> inputs, double seconds) {
-  Executable eager(make_graph(), Backend::kEager), jit(make_graph(), Backend::kJit);
+  GraphRunner eager(make_graph(), Backend::kEager), jit(make_graph(), Backend::kJit);
   Comparison result;
   result.compile_seconds = jit.compile_seconds();
   std::vector<Tensor> expected = eager.Run(inputs), actual = jit.Run(inputs);
@@ -34,9 +34,9 @@ Comparison Compare(const std::function<ComputationGraph()>& make_graph,
     result.max_rel_difference =
         std::max(result.max_rel_difference, largest > 0 ? difference / largest : difference);
   }
-  auto time = [&](Executable& executable) {
+  auto time = [&](GraphRunner& runner) {
     auto start = std::chrono::steady_clock::now();
-    executable.Run(inputs);
+    runner.Run(inputs);
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   };
   std::vector<double> eager_times, jit_times;

@@ -5,7 +5,7 @@
 #include <functional>
 
 #include "pipelines/diffusion_model.h"
-#include "pipelines/executable.h"
+#include "pipelines/graph_runner.h"
 
 namespace calotype {
 

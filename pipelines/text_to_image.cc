@@ -61,20 +61,20 @@ std::unique_ptr<TextToImagePipeline> TextToImagePipeline::Load(const std::filesy
   return pipeline;
 }
 
-Executable& TextToImagePipeline::Encoder(int64_t batch) {
+GraphRunner& TextToImagePipeline::Encoder(int64_t batch) {
   auto& encoder = encoders_[batch];
   if (!encoder) {
     model_.SetTrainingMode(false);
     ComputationGraph graph;
     Value tokens = graph.Input("tokens", {DType::kI64, {batch, model_.caption_tokens()}});
     graph.Output("context", model_.Encode(tokens));
-    encoder = std::make_unique<Executable>(std::move(graph), backend_);
+    encoder = std::make_unique<GraphRunner>(std::move(graph), backend_);
     compile_seconds_ += encoder->compile_seconds();
   }
   return *encoder;
 }
 
-Executable& TextToImagePipeline::UNet(int64_t batch, int64_t side) {
+GraphRunner& TextToImagePipeline::UNet(int64_t batch, int64_t side) {
   auto& unet = unets_[{batch, side}];
   if (!unet) {
     model_.SetTrainingMode(false);
@@ -84,7 +84,7 @@ Executable& TextToImagePipeline::UNet(int64_t batch, int64_t side) {
     Value context = graph.Input("encoder_hidden_states",
                                 Shape{batch, model_.caption_tokens(), model_.context_width()});
     graph.Output("out", model_.Denoise(sample, timestep, context));
-    unet = std::make_unique<Executable>(std::move(graph), backend_);
+    unet = std::make_unique<GraphRunner>(std::move(graph), backend_);
     compile_seconds_ += unet->compile_seconds();
   }
   return *unet;
@@ -134,7 +134,7 @@ Tensor TextToImagePipeline::GenerateBatch(const GenerateOptions& options, size_t
   }
   int64_t batch = all_tokens.shape()[0];
   Tensor context = Encoder(batch).Run(std::vector{all_tokens})[0];
-  Executable& unet = UNet(batch, side);
+  GraphRunner& unet = UNet(batch, side);
 
   // Each picture draws its noise from its own stream.
   std::vector<Random> streams;

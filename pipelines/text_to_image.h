@@ -14,7 +14,7 @@
 
 #include "core/tensor.h"
 #include "pipelines/diffusion_model.h"
-#include "pipelines/executable.h"
+#include "pipelines/graph_runner.h"
 
 namespace calotype {
 
@@ -57,15 +57,15 @@ class TextToImagePipeline {
   Tensor GenerateBatch(const GenerateOptions& options, size_t begin, size_t end,
                        const Tensor& tokens, const std::function<void()>& count,
                        const GenerateCallbacks& callbacks);
-  Executable& Encoder(int64_t batch);
-  Executable& UNet(int64_t batch, int64_t side);
+  GraphRunner& Encoder(int64_t batch);
+  GraphRunner& UNet(int64_t batch, int64_t side);
 
   std::unique_ptr<DiffusionModel> owned_;
   DiffusionModel& model_;
   Backend backend_;
   double compile_seconds_ = 0;
-  std::map<int64_t, std::unique_ptr<Executable>> encoders_;                   // by batch
-  std::map<std::pair<int64_t, int64_t>, std::unique_ptr<Executable>> unets_;  // by batch and side
+  std::map<int64_t, std::unique_ptr<GraphRunner>> encoders_;                   // by batch
+  std::map<std::pair<int64_t, int64_t>, std::unique_ptr<GraphRunner>> unets_;  // by batch and side
 };
 
 // The text of a PNG's `parameters` chunk as other programs write it: the prompt, the negative

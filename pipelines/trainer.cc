@@ -198,12 +198,12 @@ void Trainer::OpenMetrics() {
 
 Trainer::StepResult Trainer::Step() {
   Batch batch = batches_.Next();
-  if (!executable_) {
+  if (!runner_) {
     model_.SetTrainingMode(true);
     ComputationGraph graph;
     ExportTrainingStep(ExportLoss(graph, model_, schedule_, batch), *optimizer_, ema_.get());
-    executable_ = std::make_unique<Executable>(std::move(graph), backend_);
-    compile_seconds_ += executable_->compile_seconds();
+    runner_ = std::make_unique<GraphRunner>(std::move(graph), backend_);
+    compile_seconds_ += runner_->compile_seconds();
   }
   double rate = rate_.At(step_);
   std::vector<Tensor> inputs = InputsOf(batch);
@@ -211,7 +211,7 @@ Trainer::StepResult Trainer::Step() {
   if (ema_) {
     for (Tensor& input : ema_->Inputs(step_ + 1)) inputs.push_back(std::move(input));
   }
-  std::vector<Tensor> outputs = executable_->Run(inputs);
+  std::vector<Tensor> outputs = runner_->Run(inputs);
   return {outputs[0].Item(), outputs[1].Item(), rate};
 }
 
@@ -292,15 +292,15 @@ double Trainer::ValidationLoss() {
   double sum = 0, count = 0;
   for (const Batch& batch : batches_.ValidationBatches()) {
     int64_t size = batch.images.shape()[0];
-    auto& executable = validation_[size];
-    if (!executable) {
+    auto& runner = validation_[size];
+    if (!runner) {
       model_.SetTrainingMode(false);
       ComputationGraph graph;
       graph.Output("loss", ExportLoss(graph, model_, schedule_, batch));
-      executable = std::make_unique<Executable>(std::move(graph), backend_);
-      compile_seconds_ += executable->compile_seconds();
+      runner = std::make_unique<GraphRunner>(std::move(graph), backend_);
+      compile_seconds_ += runner->compile_seconds();
     }
-    sum += executable->Run(InputsOf(batch))[0].Item() * static_cast<double>(size);
+    sum += runner->Run(InputsOf(batch))[0].Item() * static_cast<double>(size);
     count += static_cast<double>(size);
   }
   return sum / count;

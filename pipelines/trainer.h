@@ -22,7 +22,7 @@
 #include "optim/optimizer.h"
 #include "pipelines/batch_source.h"
 #include "pipelines/diffusion_model.h"
-#include "pipelines/executable.h"
+#include "pipelines/graph_runner.h"
 #include "pipelines/text_to_image.h"
 #include "pipelines/train_options.h"
 
@@ -92,8 +92,8 @@ class Trainer {
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<Ema> ema_;
   LearningRateSchedule rate_;
-  std::unique_ptr<Executable> executable_;
-  std::map<int64_t, std::unique_ptr<Executable>> validation_;  // by batch size
+  std::unique_ptr<GraphRunner> runner_;
+  std::map<int64_t, std::unique_ptr<GraphRunner>> validation_;  // by batch size
   std::unique_ptr<TextToImagePipeline> sampler_;
   std::FILE* metrics_ = nullptr;
   int64_t step_ = 0, first_step_ = 0;

@@ -31,7 +31,7 @@
 #include "layers/timesteps.h"
 #include "layers/transformer.h"
 #include "optim/optimizer.h"
-#include "pipelines/executable.h"
+#include "pipelines/graph_runner.h"
 #include "pipelines/training_graph.h"
 #include "pipelines/unet_folder.h"
 
@@ -188,7 +188,7 @@ void CheckLayer(const Case& c, Backend backend, Layer& layer, const Tensors& par
     for (size_t i = 0; i < wrt.size(); ++i) graph.Output("grad." + wrt_names[i], results[i]);
   }
 
-  std::vector<Tensor> results = Executable(std::move(graph), backend).Run(inputs);
+  std::vector<Tensor> results = GraphRunner(std::move(graph), backend).Run(inputs);
   worst.Compare("output.out", results[0], expected.at("out"),
                 tolerance.output * Largest(expected.at("out")));
   if (cotangents.empty()) {
@@ -395,7 +395,7 @@ void RunScheduler(const Case& c, Backend backend, Worst& worst) {
     Value pixels = Reshape(sample, Shape{x.shape()[0], x.shape()[1], x.shape()[2] * x.shape()[3]});
     graph.Output("out", 0.9f * Tanh(Reshape(MatMul(w, pixels), x.shape())) + offset);
   }
-  Executable model(std::move(graph), backend);
+  GraphRunner model(std::move(graph), backend);
   for (int64_t i = 0; i < steps; ++i) {
     int64_t t = scheduler->timesteps()[static_cast<size_t>(i)];
     std::vector<Tensor> inputs{
@@ -421,7 +421,7 @@ void RunAddNoise(const Case& c, Backend backend, Worst& worst) {
   graph.Output("noisy", schedule.AddNoise(x, n, t));
   graph.Output("velocity", schedule.Velocity(x, n, t));
   std::vector<Tensor> results =
-      Executable(std::move(graph), backend).Run(std::vector{sample, noise, timesteps});
+      GraphRunner(std::move(graph), backend).Run(std::vector{sample, noise, timesteps});
   worst.Compare("output.noisy", results[0], noisy, kSchedulerTolerance * Largest(noisy));
   worst.Compare("output.velocity", results[1], velocity, kSchedulerTolerance * Largest(velocity));
   worst.Compare("output.noisy (tensors)", schedule.AddNoise(sample, noise, timesteps), noisy,
@@ -476,7 +476,7 @@ void RunTrain(const Case& c, Backend backend, Worst& worst) {
     return unet->ExportComputationGraph(graph, inputs)[0];
   });
   ExportTrainingStep(loss, optimizer, nullptr);
-  Executable executable(std::move(graph), backend);
+  GraphRunner runner(std::move(graph), backend);
 
   int64_t steps = c.document.at("steps");
   Tensor losses = c.At("output.losses").To(DType::kF64);
@@ -487,7 +487,7 @@ void RunTrain(const Case& c, Backend backend, Worst& worst) {
       inputs.push_back(c.At(fmt::format("input.{}.{}", step, name)));
     for (Tensor& input : optimizer.Inputs(step + 1, config.at("lr")))
       inputs.push_back(std::move(input));
-    double expected = losses.data<double>()[step], actual = executable.Run(inputs)[0].Item();
+    double expected = losses.data<double>()[step], actual = runner.Run(inputs)[0].Item();
     EXPECT_LE(std::abs(actual - expected), kLossTolerance * std::abs(expected))
         << "loss of step " << step;
     worst.Note(fmt::format("loss of step {}", step), std::abs(actual - expected),

@@ -67,13 +67,13 @@ int main() {
                           "calotype::pipelines", R"(
 #include <cstdio>
 #include "graph/functions.h"
-#include "jit/compiled_graph.h"
+#include "jit/compile.h"
 int main() {
   calotype::ComputationGraph graph;
   auto x = graph.Input("x", calotype::Shape{3});
   graph.Output("y", calotype::Sum(x * x));
   std::vector<calotype::Tensor> inputs{calotype::Tensor::From<float>({3}, std::vector<float>{1, 2, 3})};
-  printf("%g\n", calotype::Compile(graph)->Run(inputs)[0].Item());
+  printf("%g\n", calotype::jit::Compile(graph)->Run(inputs)[0].Item());
 }
 )"),
               "14\n");

@@ -1,7 +1,8 @@
-// Executable: a graph together with what runs it, the interpreter or compiled code. Everything that
-// can work on either, from sampling to a whole training step, goes through it.
+// GraphRunner: a graph together with what runs it, the interpreter or compiled code. Everything
+// that can work on either, from sampling to a whole training step, goes through it.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <string_view>
@@ -12,7 +13,9 @@
 namespace calotype {
 
 class Interpreter;
-class CompiledGraph;
+namespace jit {
+class Executable;
+}
 
 enum class Backend : uint8_t {
   kEager,  // node by node
@@ -22,24 +25,25 @@ std::string_view NameOf(Backend backend);  // "eager", "jit"
 // Errors: ValueError for another name.
 Backend ParseBackend(std::string_view name);
 
-class Executable {
+class GraphRunner {
  public:
-  // Takes the graph and compiles it for kJit. Errors: those of Compile.
-  Executable(ComputationGraph graph, Backend backend);
-  ~Executable();
-  Executable(const Executable&) = delete;
+  // Takes the graph and compiles it for kJit. Errors: those of jit::Compile.
+  GraphRunner(ComputationGraph graph, Backend backend);
+  ~GraphRunner();
+  GraphRunner(const GraphRunner&) = delete;
 
   // Inputs and outputs in the order of the graph's; applies its updates. Errors: ShapeError if the
   // inputs do not fit, ValueError for an index out of range.
   std::vector<Tensor> Run(std::span<const Tensor> inputs);
 
-  const ComputationGraph& graph() const { return graph_; }
+  // The compiled form, with its Stats(); null for kEager.
+  const jit::Executable* compiled() const { return compiled_.get(); }
   double compile_seconds() const { return compile_seconds_; }  // 0 for eager
 
  private:
   ComputationGraph graph_;
   std::unique_ptr<Interpreter> interpreter_;
-  std::unique_ptr<CompiledGraph> compiled_;
+  std::unique_ptr<jit::Executable> compiled_;
   double compile_seconds_ = 0;
 };
 
