@@ -1,8 +1,12 @@
 // LoopSpec: elementwise chains, copies, packing and transposes. The dimensions are reordered so
 // that the first output is written in the order of its memory; one dimension lies in the vector
 // lanes. Where an operand is contiguous along another dimension than the lanes, square blocks are
-// transposed in registers instead of gathering element by element.
+// transposed in registers instead of gathering element by element. Where the innermost dimension is
+// short (the channels of a group, a short row), the lanes run through it and the next one together:
+// an operand that repeats along either (the mean of a group) is loaded once and its values are
+// spread to their lanes.
 #include <algorithm>
+#include <numeric>
 
 #include "core/error.h"
 #include "jit/emit.h"
@@ -19,6 +23,8 @@ class LoopEmitter {
   LoopEmitter(Emitter& e, const LoopSpec& spec)
       : e_(e), spec_(spec), width_(e.target.vector_width) {
     Arrange();
+    step_ = width_;
+    grouped_.assign(operands(), {});
     ChooseLanes();
   }
 
@@ -84,6 +90,43 @@ class LoopEmitter {
         rows_ = rows;
       }
     }
+    JoinLanes(best, arithmetic);
+  }
+
+  // Merges the last two dimensions into the lanes if that costs less than `best`.
+  void JoinLanes(double best, double arithmetic) {
+    if (dims_.size() < 2) return;
+    const Dim &outer = dims_[dims_.size() - 2], &inner = dims_.back();
+    int64_t group = inner.extent, extent = outer.extent * group;
+    if (extent == 0) return;
+    // After this many vectors the pattern of the groups repeats.
+    int64_t period = std::lcm(group, int64_t{width_}) / width_;
+    period = std::min(period, (extent + width_ - 1) / width_);
+    if (period * static_cast<int64_t>(spec_.program.code.size() + 4) > 256) return;
+    std::vector<Grouped> grouped(operands());
+    Dim joined{extent, inner.strides};
+    double memory = 0;
+    for (size_t o = 0; o < operands(); ++o) {
+      int64_t p = outer.strides[o], q = inner.strides[o];
+      if (p == q * group) {
+        memory += q == 0 ? 0 : q == 1 ? 1 : 1.3 * width_;
+        continue;
+      }
+      if (o >= inputs()) return;
+      grouped[o] = {true, p, q};
+      bool spreads = (q == 0 && p == 1) || (p == 0 && q == 1 && group <= width_);
+      memory += spreads ? 2 : 1.3 * width_;
+    }
+    double vectors = static_cast<double>((extent + width_ - 1) / width_);
+    for (size_t d = 0; d + 2 < dims_.size(); ++d) vectors *= static_cast<double>(dims_[d].extent);
+    if (vectors * (arithmetic + memory) >= 0.9 * best) return;
+    dims_.pop_back();
+    dims_.back() = joined;
+    grouped_ = grouped;
+    group_ = group;
+    lane_ = static_cast<int>(dims_.size()) - 1;
+    rows_ = -1;
+    step_ = period * width_;
   }
 
   bool Transposes(int lane, int rows) const {
@@ -121,18 +164,17 @@ class LoopEmitter {
     }
     if (units_ >= 2 * chunks) return;
     split_ = rows_ >= 0 && dims_[rows_].extent > dims_[lane_].extent ? rows_ : lane_;
-    int64_t extent = dims_[split_].extent;
-    int64_t pieces = std::min((4 * chunks + units_ - 1) / units_, (extent + width_ - 1) / width_);
-    piece_ = ((extent + pieces - 1) / pieces + width_ - 1) / width_ * width_;
-    pieces_ = (extent + piece_ - 1) / piece_;
+    int64_t extent = dims_[split_].extent, step = Step(split_);
+    int64_t pieces = std::min((4 * chunks + units_ - 1) / units_, (extent + step - 1) / step);
+    piece_ = ((extent + pieces - 1) / pieces + step - 1) / step;
+    pieces_ = (extent + piece_ * step - 1) / (piece_ * step);
     units_ *= pieces_;
   }
 
+  // Elements of a dimension that one turn of its loop handles.
+  int64_t Step(int dim) const { return dim == lane_ ? step_ : dim == rows_ ? width_ : 1; }
+
   void EmitUnit(Value* unit) {
-    size_t count = dims_.size();
-    low_.assign(count, e_.I64(0));
-    high_.resize(count);
-    for (size_t d = 0; d < count; ++d) high_[d] = e_.I64(dims_[d].extent);
     std::vector<int64_t> extents;
     for (int d : unit_dims_) extents.push_back(dims_[d].extent);
     if (split_ >= 0) extents.push_back(pieces_);
@@ -141,11 +183,12 @@ class LoopEmitter {
     for (size_t o = 0; o < operands(); ++o) pointers.push_back(e_.Base(operand(o)));
     for (size_t i = 0; i < unit_dims_.size(); ++i) Advance(pointers, unit_dims_[i], index[i]);
     if (split_ >= 0) {
-      low_[split_] = e_.Mul(index.back(), piece_);
-      high_[split_] = e_.Min(e_.Add(low_[split_], e_.I64(piece_)), high_[split_]);
+      first_turn_ = e_.Mul(index.back(), piece_);
+      last_turn_ = e_.Add(first_turn_, e_.I64(piece_));
+      has_tail_ = e_.b.CreateICmpEQ(index.back(), e_.I64(pieces_ - 1));
     }
     std::vector<int> rest;
-    for (int d = 0; d < static_cast<int>(count); ++d) {
+    for (int d = 0; d < static_cast<int>(dims_.size()); ++d) {
       bool taken = std::count(unit_dims_.begin(), unit_dims_.end(), d) > 0;
       if (d != lane_ && d != rows_ && !taken) rest.push_back(d);
     }
@@ -174,24 +217,35 @@ class LoopEmitter {
     }
   }
 
-  // Calls full(position) for whole vectors of `dim` and tail(position, lanes) for the rest.
+  // Calls full(turn) for each turn of `dim` that handles a whole step and tail(turn, elements) for
+  // the rest.
   void OverDim(int dim, llvm::function_ref<void(Value*)> full,
-               llvm::function_ref<void(Value*, int)> tail) {
-    int64_t extent = dims_[dim].extent, whole = extent / width_ * width_;
-    Value* last = e_.I64(whole);
-    if (dim == split_) last = e_.Min(last, high_[dim]);
-    if (whole > 0) e_.For(low_[dim], last, width_, full);
-    if (whole < extent) {
-      e_.If(e_.b.CreateICmpEQ(high_[dim], e_.I64(extent)),
-            [&] { tail(e_.I64(whole), static_cast<int>(extent - whole)); });
+               llvm::function_ref<void(Value*, int64_t)> tail) {
+    int64_t turns = dims_[dim].extent / Step(dim), rest = dims_[dim].extent % Step(dim);
+    bool split = dim == split_;
+    if (turns > 0) {
+      e_.For(split ? first_turn_ : e_.I64(0),
+             split ? e_.Min(last_turn_, e_.I64(turns)) : e_.I64(turns), 1, full);
     }
+    if (rest > 0) e_.If(split ? has_tail_ : e_.b.getTrue(), [&] { tail(e_.I64(turns), rest); });
+  }
+
+  // The pointers of turn `turn` of `dim`.
+  Values AtTurn(Values pointers, int dim, Value* turn) {
+    for (size_t o = 0; o < operands(); ++o) {
+      bool grouped = dim == lane_ && grouped_[o].on;
+      int64_t stride = grouped ? grouped_[o].outer * step_ / std::max<int64_t>(group_, 1)
+                               : Stride(o, dim) * Step(dim);
+      pointers[o] = e_.At(pointers[o], operand(o).dtype, turn, stride);
+    }
+    return pointers;
   }
 
   // Operands that do not move along the lanes are loaded once for the row.
   Values Repeated(const Values& pointers) {
     Values loaded(inputs(), nullptr);
     for (size_t o = 0; o < inputs(); ++o) {
-      if (Stride(o, lane_) == 0) {
+      if (!grouped_[o].on && Stride(o, lane_) == 0) {
         loaded[o] = e_.Load(pointers[o], operand(o).dtype, 0, width_, width_);
       }
     }
@@ -201,41 +255,84 @@ class LoopEmitter {
   void EmitRow(const Values& pointers) {
     Values repeated = Repeated(pointers);
     OverDim(
-        lane_, [&](Value* x) { EmitVector(Advanced(pointers, lane_, x), repeated, width_); },
-        [&](Value* x, int valid) { EmitVector(Advanced(pointers, lane_, x), repeated, valid); });
+        lane_, [&](Value* turn) { EmitStep(AtTurn(pointers, lane_, turn), repeated, step_); },
+        [&](Value* turn, int64_t elements) {
+          EmitStep(AtTurn(pointers, lane_, turn), repeated, elements);
+        });
   }
 
-  void EmitVector(const Values& pointers, const Values& repeated, int valid) {
-    Values loaded = repeated;
-    for (size_t o = 0; o < inputs(); ++o) {
-      if (!loaded[o]) {
-        loaded[o] = e_.Load(pointers[o], operand(o).dtype, Stride(o, lane_), width_, valid);
+  // The vectors of one turn along the lanes.
+  void EmitStep(const Values& pointers, const Values& repeated, int64_t elements) {
+    for (int64_t first = 0; first < elements; first += width_) {
+      int valid = static_cast<int>(std::min<int64_t>(elements - first, width_));
+      Values loaded = repeated;
+      for (size_t o = 0; o < inputs(); ++o) {
+        if (loaded[o]) continue;
+        DType dtype = operand(o).dtype;
+        if (grouped_[o].on) {
+          loaded[o] = Spread(pointers[o], o, first, valid);
+        } else {
+          int64_t stride = Stride(o, lane_);
+          loaded[o] =
+              e_.Load(e_.At(pointers[o], dtype, first * stride), dtype, stride, width_, valid);
+        }
+      }
+      Values results = e_.Program(spec_.program, loaded, width_);
+      for (size_t r = 0; r < results.size(); ++r) {
+        size_t o = inputs() + r;
+        int64_t stride = Stride(o, lane_);
+        DType dtype = operand(o).dtype;
+        e_.Store(results[r], e_.At(pointers[o], dtype, first * stride), dtype, stride, width_,
+                 valid);
       }
     }
-    Values results = e_.Program(spec_.program, loaded, width_);
-    for (size_t r = 0; r < results.size(); ++r) {
-      size_t o = inputs() + r;
-      e_.Store(results[r], pointers[o], operand(o).dtype, Stride(o, lane_), width_, valid);
+  }
+
+  // A vector of an operand whose element at lane position x is at (x / group) * outer + (x % group)
+  // * inner; `first` is the position of lane 0 in the turn.
+  Value* Spread(Value* pointer, size_t o, int64_t first, int valid) {
+    const Grouped& g = grouped_[o];
+    DType dtype = operand(o).dtype;
+    std::vector<int> lanes(width_, 0);
+    if (g.inner == 0) {
+      int64_t from = first / group_, last = (first + valid - 1) / group_;
+      for (int l = 0; l < valid; ++l) lanes[l] = static_cast<int>((first + l) / group_ - from);
+      int count = static_cast<int>(last - from + 1);
+      Value* few = e_.Load(e_.At(pointer, dtype, from * g.outer), dtype, count == 1 ? 0 : g.outer,
+                           width_, count == 1 ? width_ : count);
+      return e_.b.CreateShuffleVector(few, lanes);
     }
+    if (g.outer == 0 && group_ <= width_) {
+      for (int l = 0; l < valid; ++l) lanes[l] = static_cast<int>((first + l) % group_);
+      Value* few = e_.Load(pointer, dtype, g.inner, width_, static_cast<int>(group_));
+      return e_.b.CreateShuffleVector(few, lanes);
+    }
+    Value* gathered = e_.Splat(0.0, width_);
+    for (int l = 0; l < valid; ++l) {
+      int64_t x = first + l;
+      Value* from = e_.At(pointer, dtype, x / group_ * g.outer + x % group_ * g.inner);
+      gathered = e_.b.CreateInsertElement(gathered, e_.Load(from, dtype, 0, 1, 1), l);
+    }
+    return gathered;
   }
 
   void EmitBlocks(const Values& pointers) {
     OverDim(
         rows_,
-        [&](Value* y) {
-          Values base = Advanced(pointers, rows_, y);
+        [&](Value* turn) {
+          Values base = AtTurn(pointers, rows_, turn);
           OverDim(
-              lane_, [&](Value* x) { EmitBlock(Advanced(base, lane_, x)); },
-              [&](Value* x, int valid) {
-                Values strip = Advanced(base, lane_, x);
+              lane_, [&](Value* x) { EmitBlock(AtTurn(base, lane_, x)); },
+              [&](Value* x, int64_t elements) {
+                Values strip = AtTurn(base, lane_, x);
                 e_.For(width_, [&](Value* row) {
                   Values here = Advanced(strip, rows_, row);
-                  EmitVector(here, Repeated(here), valid);
+                  EmitStep(here, Repeated(here), elements);
                 });
               });
         },
-        [&](Value* y, int rows) {
-          Values base = Advanced(pointers, rows_, y);
+        [&](Value* turn, int64_t rows) {
+          Values base = AtTurn(pointers, rows_, turn);
           e_.For(rows, [&](Value* row) { EmitRow(Advanced(base, rows_, row)); });
         });
   }
@@ -283,9 +380,16 @@ class LoopEmitter {
   std::vector<Dim> dims_;  // strides: inputs..., outputs...
   int lane_ = -1, rows_ = -1;
   std::vector<int> unit_dims_;
-  int split_ = -1;
+  struct Grouped {
+    bool on = false;
+    int64_t outer = 0, inner = 0;
+  };
+  std::vector<Grouped> grouped_;  // operands that the joined lanes do not walk evenly
+  int64_t group_ = 0;             // extent of the inner one of two joined dimensions
+  int64_t step_ = 1;              // elements along the lanes in one turn
+  int split_ = -1;                // the dimension that is cut into pieces of `piece_` turns
   int64_t units_ = 1, piece_ = 0, pieces_ = 1;
-  Values low_, high_;
+  Value *first_turn_ = nullptr, *last_turn_ = nullptr, *has_tail_ = nullptr;
 };
 
 // Integers keep all their bits in a copy: no detour through f32.
