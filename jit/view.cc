@@ -81,6 +81,7 @@ std::optional<View> ReshapeView(const View& view, const Shape& shape) {
   // All pieces in row-major order of the indices, dealt out from the innermost axis on.
   std::vector<Piece> pieces;
   for (const Axis& axis : view.axes) pieces.insert(pieces.end(), axis.begin(), axis.end());
+  pieces = Simplify(std::move(pieces));
   View out{view.buffer, view.dtype, view.offset, std::vector<Axis>(shape.rank())};
   for (int i = shape.rank() - 1; i >= 0; --i) {
     int64_t need = shape[i];
