@@ -256,6 +256,31 @@ void Emitter::Store(Value* value, Value* pointer, DType dtype, int64_t stride, i
   }
 }
 
+llvm::Value* Emitter::Spread(Value* pointer, DType dtype, int64_t outer, int64_t inner,
+                             int64_t group, int64_t first, int width, int valid) {
+  std::vector<int> lanes(width, 0);
+  if (inner == 0) {
+    int64_t from = first / group, last = (first + valid - 1) / group;
+    for (int l = 0; l < valid; ++l) lanes[l] = static_cast<int>((first + l) / group - from);
+    int count = static_cast<int>(last - from + 1);
+    Value* few = Load(At(pointer, dtype, from * outer), dtype, count == 1 ? 0 : outer, width,
+                      count == 1 ? width : count);
+    return b.CreateShuffleVector(few, lanes);
+  }
+  if (outer == 0 && group <= width) {
+    for (int l = 0; l < valid; ++l) lanes[l] = static_cast<int>((first + l) % group);
+    Value* few = Load(pointer, dtype, inner, width, static_cast<int>(group));
+    return b.CreateShuffleVector(few, lanes);
+  }
+  Value* gathered = Splat(0.0, width);
+  for (int l = 0; l < valid; ++l) {
+    int64_t x = first + l;
+    Value* from = At(pointer, dtype, x / group * outer + x % group * inner);
+    gathered = b.CreateInsertElement(gathered, Load(from, dtype, 0, 1, 1), l);
+  }
+  return gathered;
+}
+
 llvm::Value* Emitter::Scratch(int64_t count) {
   llvm::IRBuilder<> entry(entry_, entry_->begin());
   auto* room = entry.CreateAlloca(llvm::ArrayType::get(b.getFloatTy(), count));

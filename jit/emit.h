@@ -77,6 +77,10 @@ class Emitter {
   // are converted. Stride 0 loads once and repeats.
   Value* Load(Value* pointer, DType dtype, int64_t stride, int width, int valid);
   void Store(Value* value, Value* pointer, DType dtype, int64_t stride, int width, int valid);
+  // A vector whose lane l holds, with x = first + l, the value at (x / group) * outer + (x % group)
+  // * inner: what a repeating operand has for two dimensions joined in the lanes.
+  Value* Spread(Value* pointer, DType dtype, int64_t outer, int64_t inner, int64_t group,
+                int64_t first, int width, int valid);
   // Uninitialised room for `count` floats on the stack, 64-byte aligned.
   Value* Scratch(int64_t count);
 

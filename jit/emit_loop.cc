@@ -270,7 +270,8 @@ class LoopEmitter {
         if (loaded[o]) continue;
         DType dtype = operand(o).dtype;
         if (grouped_[o].on) {
-          loaded[o] = Spread(pointers[o], o, first, valid);
+          loaded[o] = e_.Spread(pointers[o], dtype, grouped_[o].outer, grouped_[o].inner, group_,
+                                first, width_, valid);
         } else {
           int64_t stride = Stride(o, lane_);
           loaded[o] =
@@ -286,34 +287,6 @@ class LoopEmitter {
                  valid);
       }
     }
-  }
-
-  // A vector of an operand whose element at lane position x is at (x / group) * outer + (x % group)
-  // * inner; `first` is the position of lane 0 in the turn.
-  Value* Spread(Value* pointer, size_t o, int64_t first, int valid) {
-    const Grouped& g = grouped_[o];
-    DType dtype = operand(o).dtype;
-    std::vector<int> lanes(width_, 0);
-    if (g.inner == 0) {
-      int64_t from = first / group_, last = (first + valid - 1) / group_;
-      for (int l = 0; l < valid; ++l) lanes[l] = static_cast<int>((first + l) / group_ - from);
-      int count = static_cast<int>(last - from + 1);
-      Value* few = e_.Load(e_.At(pointer, dtype, from * g.outer), dtype, count == 1 ? 0 : g.outer,
-                           width_, count == 1 ? width_ : count);
-      return e_.b.CreateShuffleVector(few, lanes);
-    }
-    if (g.outer == 0 && group_ <= width_) {
-      for (int l = 0; l < valid; ++l) lanes[l] = static_cast<int>((first + l) % group_);
-      Value* few = e_.Load(pointer, dtype, g.inner, width_, static_cast<int>(group_));
-      return e_.b.CreateShuffleVector(few, lanes);
-    }
-    Value* gathered = e_.Splat(0.0, width_);
-    for (int l = 0; l < valid; ++l) {
-      int64_t x = first + l;
-      Value* from = e_.At(pointer, dtype, x / group_ * g.outer + x % group_ * g.inner);
-      gathered = e_.b.CreateInsertElement(gathered, e_.Load(from, dtype, 0, 1, 1), l);
-    }
-    return gathered;
   }
 
   void EmitBlocks(const Values& pointers) {

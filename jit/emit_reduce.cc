@@ -1,8 +1,10 @@
 // ReduceSpec: sums and maxima. The vector lanes lie along an output dimension (column reduction: no
-// horizontal step) or along a reduced one (row reduction: the lanes are combined in a fixed tree at
-// the end), whichever takes fewer instructions. Several accumulators run side by side, and long
-// sums are cut into blocks whose results are added, so that rounding errors grow slowly.
+// horizontal step), along a reduced one (row reduction: the lanes are combined in a fixed tree at
+// the end), or along one of each joined (the channels of groups), whichever takes fewer
+// instructions. Several accumulators run side by side, and long sums are cut into blocks whose
+// results are added, so that rounding errors grow slowly.
 #include <algorithm>
+#include <numeric>
 
 #include "core/error.h"
 #include "jit/emit.h"
@@ -120,13 +122,65 @@ class ReduceEmitter {
     if (lane_ >= 0) {
       int64_t vectors = (out_[lane_].extent + width_ - 1) / width_;
       vectors_ = static_cast<int>(std::min<int64_t>(vectors, kMostVectors));
-    } else {
+    }
+    if (JoinLanes(best, out * reduced)) return;
+    if (lane_ < 0) {
       std::rotate(reduced_.begin() + reduced_lane, reduced_.begin() + reduced_lane + 1,
                   reduced_.end());
     }
   }
 
-  int64_t PanelWidth() const { return int64_t{vectors_} * width_; }
+  // Joins a reduced dimension, as the inner one, with an output dimension in the lanes if that
+  // costs less than `best`.
+  bool JoinLanes(double best, double elements) {
+    int best_out = -1, best_reduced = -1;
+    for (int p = 0; p < static_cast<int>(out_.size()); ++p) {
+      for (int q = 0; q < static_cast<int>(reduced_.size()); ++q) {
+        int64_t group = reduced_[q].extent, extent = out_[p].extent * group;
+        if (group < 2 || extent == 0) continue;
+        int64_t vectors = (extent + width_ - 1) / width_;
+        int64_t period = std::min(std::lcm(group, int64_t{width_}) / width_, vectors);
+        if (period > 8) continue;
+        double load = 1 + 0.5 * static_cast<double>(spec_.program.code.size());
+        bool contiguous = false;
+        for (size_t o = 0; o < inputs(); ++o) {
+          int64_t outer = out_[p].strides[o], inner = reduced_[q].strides[o];
+          bool even = outer == inner * group;
+          contiguous |= even && inner == 1;
+          bool spreads =
+              (inner == 0 && outer == 1) || (outer == 0 && inner == 1 && group <= width_);
+          load += even && inner <= 1 ? 1 : !even && spreads ? 2 : 1.3 * width_;
+        }
+        if (!contiguous) continue;
+        double rest = elements / static_cast<double>(extent);
+        double cost = rest * static_cast<double>(vectors) * load;
+        for (int d = 0; d < static_cast<int>(out_.size()); ++d) {
+          if (d != p) rest /= static_cast<double>(out_[d].extent);
+        }
+        // Adding up the lanes of each group at the end.
+        cost += elements / std::max(rest, 1.0) * 2;
+        if (cost >= 0.9 * best) continue;
+        best = cost;
+        best_out = p;
+        best_reduced = q;
+        vectors_ = static_cast<int>(period);
+      }
+    }
+    if (best_out < 0) return false;
+    lane_ = best_out;
+    joined_ = reduced_[best_reduced];
+    reduced_.erase(reduced_.begin() + best_reduced);
+    if (reduced_.empty()) reduced_.push_back({1, std::vector<int64_t>(inputs(), 0)});
+    room_ = e_.Scratch(int64_t{vectors_} * width_);
+    return true;
+  }
+
+  bool Joined() const { return joined_.extent > 1; }
+  // How many outputs along the lanes one tile computes.
+  int64_t PanelWidth() const {
+    int64_t lanes = int64_t{vectors_} * width_;
+    return Joined() ? std::max<int64_t>(lanes / joined_.extent, 1) : lanes;
+  }
   int64_t Panels() const { return (out_[lane_].extent + PanelWidth() - 1) / PanelWidth(); }
 
   void EmitUnit(Value* unit) {
@@ -170,19 +224,19 @@ class ReduceEmitter {
     auto at = [&](Value* number) {
       return Advanced(pointers, out_[lane_], e_.Mul(number, PanelWidth()));
     };
-    auto emit_tail = [&] {
-      int vectors = static_cast<int>((rest_lanes + width_ - 1) / width_);
-      int valid = static_cast<int>(rest_lanes) - (vectors - 1) * width_;
-      EmitTile(at(e_.I64(full)), vectors, valid);
+    auto emit = [&](Value* number, int64_t outputs) {
+      int64_t lanes = Joined() ? outputs * joined_.extent : outputs;
+      int vectors = static_cast<int>((lanes + width_ - 1) / width_);
+      EmitTile(at(number), vectors, static_cast<int>(lanes - (vectors - 1) * int64_t{width_}));
     };
+    auto emit_tail = [&] { emit(e_.I64(full), rest_lanes); };
     if (panel) {
       if (full > 0) {
-        e_.If(e_.b.CreateICmpSLT(panel, e_.I64(full)),
-              [&] { EmitTile(at(panel), vectors_, width_); });
+        e_.If(e_.b.CreateICmpSLT(panel, e_.I64(full)), [&] { emit(panel, PanelWidth()); });
       }
       if (rest_lanes > 0) e_.If(e_.b.CreateICmpEQ(panel, e_.I64(full)), emit_tail);
     } else {
-      e_.For(full, [&](Value* number) { EmitTile(at(number), vectors_, width_); });
+      e_.For(full, [&](Value* number) { emit(number, PanelWidth()); });
       if (rest_lanes > 0) emit_tail();
     }
   }
@@ -212,6 +266,7 @@ class ReduceEmitter {
       Values high(accumulators.begin() + half, accumulators.end());
       accumulators = Combine(low, high);
     }
+    if (Joined()) return EmitGroups(pointers, accumulators, vectors, valid);
     bool rows = lane_ < 0;
     for (int v = 0; v < vectors; ++v) {
       Value* result = accumulators[v];
@@ -219,6 +274,25 @@ class ReduceEmitter {
         result = e_.Horizontal(result, width_, [&](Value* x, Value* y) { return Combine(x, y); });
       }
       EmitEpilogue(pointers, result, v, v + 1 == vectors ? valid : width_);
+    }
+  }
+
+  // Adds up the lanes of each group.
+  void EmitGroups(const Values& pointers, const Values& accumulators, int vectors, int valid) {
+    for (int v = 0; v < vectors; ++v) {
+      Value* to = e_.At(room_, DType::kF32, int64_t{v} * width_);
+      e_.Store(accumulators[v], to, DType::kF32, 1, width_, width_);
+    }
+    int64_t group = joined_.extent, outputs = ((vectors - 1) * int64_t{width_} + valid) / group;
+    for (int64_t first = 0; first < outputs; first += width_) {
+      int lanes = static_cast<int>(std::min<int64_t>(outputs - first, width_));
+      auto load = [&](int64_t q) {
+        return e_.Load(e_.At(room_, DType::kF32, first * group + q), DType::kF32, group, width_,
+                       lanes);
+      };
+      Value* result = load(0);
+      for (int64_t q = 1; q < group; ++q) result = Combine(result, load(q));
+      EmitEpilogue(pointers, result, static_cast<int>(first / width_), lanes);
     }
   }
 
@@ -301,8 +375,18 @@ class ReduceEmitter {
                  int valid) {
     Values in;
     for (size_t o = 0; o < inputs(); ++o) {
-      Value* pointer = e_.At(pointers[o], operand(o).dtype, strides[o] * vector * width_);
-      in.push_back(e_.Load(pointer, operand(o).dtype, strides[o], width_, valid));
+      DType dtype = operand(o).dtype;
+      int64_t first = int64_t{vector} * width_, stride = strides[o];
+      if (Joined()) {
+        stride = joined_.strides[o];
+        if (strides[o] != stride * joined_.extent) {
+          in.push_back(e_.Spread(pointers[o], dtype, strides[o], stride, joined_.extent, first,
+                                 width_, valid));
+          continue;
+        }
+      }
+      in.push_back(
+          e_.Load(e_.At(pointers[o], dtype, stride * first), dtype, stride, width_, valid));
     }
     Value* result = e_.Program(spec_.program, in, width_)[0];
     if (lane_ >= 0 || valid == width_) return result;
@@ -317,6 +401,8 @@ class ReduceEmitter {
   std::vector<Dim> out_;      // strides: inputs, epilogue operands, outputs
   std::vector<Dim> reduced_;  // strides: inputs; the last is the innermost loop
   int lane_ = -1;             // the output dimension in the lanes; -1: the last of reduced_
+  Dim joined_;                // the reduced dimension joined with it, if its extent is not 1
+  Value* room_ = nullptr;     // scratch for the lanes of groups
   int vectors_ = 1;
   std::vector<int> unit_dims_;
   bool split_panels_ = false;
