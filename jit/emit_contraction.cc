@@ -137,7 +137,7 @@ class ContractionEmitter {
         sum = e_.Horizontal(sum, width_, [&](Value* x, Value* y) { return e_.b.CreateFAdd(x, y); });
       }
     }
-    EmitEpilogue(pointers, sums, elements);
+    EmitEpilogue(pointers, sums, elements, sizes);
   }
 
   Values EmitSum(size_t level, Value* a, Value* b, const Values& sums,
@@ -198,47 +198,129 @@ class ContractionEmitter {
     }
   }
 
-  void EmitEpilogue(const Values& pointers, const Values& sums,
-                    const std::vector<Element>& elements) {
-    const Epilogue& epilogue = spec_.epilogue;
+  int64_t LaneStride(size_t o) const {
+    return plan_.lane < 0 ? 0 : plan_.out[plan_.lane].strides[o];
+  }
+  Value* LoadOperand(const Values& pointers, size_t o, int64_t offset, int valid) {
+    DType dtype = operands_[o]->dtype;
+    int width = plan_.lane < 0 ? 1 : width_, lanes = LaneStride(o) == 0 ? width : valid;
+    return e_.Load(e_.At(pointers[o], dtype, offset), dtype, LaneStride(o), width, lanes);
+  }
+  void StoreResults(const Values& pointers, const Values& in,
+                    llvm::function_ref<int64_t(size_t)> offset, int valid) {
     int width = plan_.lane < 0 ? 1 : width_;
+    Values out = e_.Program(spec_.epilogue.program, in, width);
+    size_t o = operands_.size() - out.size();
+    for (Value* result : out) {
+      DType dtype = operands_[o]->dtype;
+      e_.Store(result, e_.At(pointers[o], dtype, offset(o)), dtype, LaneStride(o), width, valid);
+      ++o;
+    }
+  }
+
+  void EmitEpilogue(const Values& pointers, const Values& sums,
+                    const std::vector<Element>& elements, const Sizes& sizes) {
+    // Code for each accumulator of a tile pays for short programs; long ones would fill the
+    // instruction cache and spill the accumulators one by one.
+    if (spec_.epilogue.program.code.size() * elements.size() > 160) {
+      return EmitEpilogueLoop(pointers, sums, elements, sizes);
+    }
     std::map<std::pair<size_t, int64_t>, Value*> loaded;
     for (size_t i = 0; i < elements.size(); ++i) {
-      const Element& element = elements[i];
-      int valid = plan_.lane < 0 ? 1 : element.valid;
-      auto stride = [&](size_t o) { return plan_.lane < 0 ? 0 : plan_.out[plan_.lane].strides[o]; };
       auto offset = [&](size_t o) {
         int64_t offset = 0;
-        for (size_t d = 0; d < element.index.size(); ++d) {
-          offset += element.index[d] * plan_.out[d].strides[o];
+        for (size_t d = 0; d < sizes.size(); ++d) {
+          offset += elements[i].index[d] * plan_.out[d].strides[o];
         }
         return offset;
       };
+      int valid = plan_.lane < 0 ? 1 : elements[i].valid;
       Values in = {sums[i]};
-      size_t o = 2;
-      for (size_t j = 0; j < epilogue.operands.size(); ++j, ++o) {
+      for (size_t o = 2; o < 2 + spec_.epilogue.operands.size(); ++o) {
         // What is the same for several rows (a bias) is loaded once.
         Value*& value = loaded[{o, offset(o)}];
-        DType dtype = operands_[o]->dtype;
-        if (!value) {
-          int lanes = stride(o) == 0 ? width : valid;
-          value = e_.Load(e_.At(pointers[o], dtype, offset(o)), dtype, stride(o), width, lanes);
-        }
+        if (!value) value = LoadOperand(pointers, o, offset(o), valid);
         in.push_back(value);
       }
-      Values out = e_.Program(epilogue.program, in, width);
-      for (size_t r = 0; r < out.size(); ++r, ++o) {
-        DType dtype = operands_[o]->dtype;
-        e_.Store(out[r], e_.At(pointers[o], dtype, offset(o)), dtype, stride(o), width, valid);
+      StoreResults(pointers, in, offset, valid);
+    }
+  }
+
+  // The accumulators go to the stack, and a loop over the rows of the tile finishes them.
+  void EmitEpilogueLoop(const Values& pointers, const Values& sums,
+                        const std::vector<Element>& elements, const Sizes& sizes) {
+    int width = plan_.lane < 0 ? 1 : width_;
+    if (!room_) room_ = e_.Scratch(kMostElements * width_);
+    Check<InternalError>(static_cast<int>(elements.size()) <= kMostElements,
+                         "contraction kernel: a tile of {} vectors", elements.size());
+    for (size_t i = 0; i < elements.size(); ++i) {
+      Value* to = e_.At(room_, DType::kF32, static_cast<int64_t>(i) * width);
+      e_.Store(sums[i], to, DType::kF32, 1, width, width);
+    }
+    // The order of the elements: the last dimension runs fastest.
+    std::vector<int> rows;
+    std::vector<int64_t> slots(sizes.size());
+    int64_t slot = 1, lane_slot = 0;
+    int vectors = 1;
+    for (size_t d = sizes.size(); d-- > 0;) {
+      slots[d] = slot;
+      bool lane = static_cast<int>(d) == plan_.lane;
+      int64_t count = lane ? (sizes[d] + width_ - 1) / width_ : sizes[d];
+      slot *= count;
+      if (lane) {
+        vectors = static_cast<int>(count);
+        lane_slot = slots[d];
+      } else if (count > 1) {
+        rows.insert(rows.begin(), static_cast<int>(d));
       }
     }
+    auto valid = [&](int v) { return plan_.lane < 0 ? 1 : elements[v * lane_slot].valid; };
+    auto offset = [&](size_t o, int v) { return LaneStride(o) * v * width_; };
+    size_t operands = spec_.epilogue.operands.size();
+    std::vector<Values> loaded(vectors, Values(operands, nullptr));
+    for (int v = 0; v < vectors; ++v) {
+      for (size_t o = 2; o < 2 + operands; ++o) {
+        bool fixed = true;
+        for (int d : rows) fixed &= plan_.out[d].strides[o] == 0;
+        if (fixed) loaded[v][o - 2] = LoadOperand(pointers, o, offset(o, v), valid(v));
+      }
+    }
+    EmitRows(
+        rows, 0, pointers, room_, sizes,
+        [&](const Values& here, Value* slot_pointer) {
+          for (int v = 0; v < vectors; ++v) {
+            Value* from =
+                e_.At(slot_pointer, DType::kF32, slots.empty() ? 0 : v * lane_slot * width);
+            Values in = {e_.Load(from, DType::kF32, 1, width, width)};
+            for (size_t o = 2; o < 2 + operands; ++o) {
+              Value* value = loaded[v][o - 2];
+              in.push_back(value ? value : LoadOperand(here, o, offset(o, v), valid(v)));
+            }
+            StoreResults(
+                here, in, [&](size_t o) { return offset(o, v); }, valid(v));
+          }
+        },
+        slots, width);
+  }
+
+  void EmitRows(const std::vector<int>& rows, size_t level, const Values& pointers, Value* slot,
+                const Sizes& sizes, llvm::function_ref<void(const Values&, Value*)> body,
+                const std::vector<int64_t>& slots, int width) {
+    if (level == rows.size()) return body(pointers, slot);
+    int d = rows[level];
+    e_.For(sizes[d], [&](Value* index) {
+      EmitRows(rows, level + 1, Advanced(pointers, plan_.out[d], index),
+               e_.At(slot, DType::kF32, index, slots[d] * width), sizes, body, slots, width);
+    });
   }
 
   Emitter& e_;
   const ContractionSpec& spec_;
   ContractionPlan plan_;
   int width_;
-  std::vector<const Operand*> operands_;
+  std::vector<const Operand*> operands_;  // a, b, epilogue operands, outputs
+  static constexpr int kMostElements = 32;
+  Value* room_ = nullptr;  // scratch for the accumulators of one tile
 };
 
 }  // namespace
