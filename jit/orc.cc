@@ -19,6 +19,7 @@
 #include <llvm/Transforms/Scalar/SimplifyCFG.h>
 #include <llvm/Transforms/Utils/Cloning.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <exception>
 #include <filesystem>
@@ -118,6 +119,7 @@ llvm::SmallVector<char, 0> Compile(const KernelSpec& spec, const std::string& sy
     return bytes;
   };
   if (!dump_folder.empty()) {
+    machine->Options.MCOptions.AsmVerbose = true;
     std::filesystem::path base = std::filesystem::path(dump_folder) / symbol;
     std::string text = "; " + ToString(spec) + "\n";
     llvm::raw_string_ostream stream(text);
@@ -180,7 +182,8 @@ CompiledKernels CompileKernels(std::span<const NamedSpec> specs, const Target& t
   std::vector<llvm::SmallVector<char, 0>> objects(count);
   std::vector<std::exception_ptr> errors(count);
   std::vector<std::string> symbols(count);
-  for (size_t i = 0; i < count; ++i) symbols[i] = SymbolOf(specs[first_use[i]].name, i);
+  static std::atomic<size_t> number = 0;  // symbols, and files of dumps, are unique in the process
+  for (size_t i = 0; i < count; ++i) symbols[i] = SymbolOf(specs[first_use[i]].name, number++);
   ParallelFor(static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       try {

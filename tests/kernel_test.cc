@@ -3,263 +3,20 @@
 // and results must have the same bits; elements that a kernel must not touch are compared too.
 #include <gtest/gtest.h>
 
+#include <time.h>
+
 #include <algorithm>
 #include <array>
-#include <bit>
-#include <deque>
-#include <optional>
-#include <random>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
 
 #include "core/error.h"
-#include "core/parallel.h"
-#include "core/scalar.h"
 #include "jit/orc.h"
-#include "tests/kernel_reference.h"
+#include "tests/kernel_cases.h"
 
 namespace calotype::jit {
 namespace {
-
-using reference::GuardedBuffer;
-using reference::Index;
-
-class Rng {
- public:
-  explicit Rng(uint32_t seed) : engine_(seed) {}
-  int64_t Below(int64_t n) { return static_cast<int64_t>(engine_() % static_cast<uint64_t>(n)); }
-  int64_t Between(int64_t low, int64_t high) { return low + Below(high - low + 1); }
-  bool Chance(double p) { return std::uniform_real_distribution<>(0, 1)(engine_) < p; }
-  float Normal() { return static_cast<float>(std::normal_distribution<>()(engine_)); }
-  int64_t Pick(std::initializer_list<int64_t> values) {
-    return values.begin()[Below(static_cast<int64_t>(values.size()))];
-  }
-  std::mt19937& engine() { return engine_; }
-
- private:
-  std::mt19937 engine_;
-};
-
-// What one pointer points to.
-struct BufferPlan {
-  DType dtype = DType::kF32;
-  int64_t elements = 0;
-  int64_t most_integer = 4;  // values are integers in [-most, most]; 0: normal numbers
-  int64_t least_integer = -4;
-  bool plain = false;  // normal numbers only, no special values
-  bool mask = false;   // 0, -1 or -inf
-};
-
-// A specification under test and the buffers that its operands name.
-struct Case {
-  KernelSpec spec;
-  std::deque<BufferPlan> buffers;
-  std::optional<KernelSpec> prepare;  // run by the reference first, on both memories
-};
-
-ScalarProgram Identity() {
-  ScalarProgram program{1, {{Primitive::kInput, 0}}, {0}};
-  return program;
-}
-
-template <class F>
-ScalarProgram Recorded(int inputs, F f) {
-  scalar::Recorder recorder;
-  std::vector<scalar::Sym> in;
-  for (int i = 0; i < inputs; ++i) in.push_back(recorder.Input(i));
-  scalar::Sym result = f(in);
-  return recorder.Finish(inputs, result);
-}
-
-// Random instructions over all primitives; those with a restricted domain get arguments inside it.
-ScalarProgram RandomProgram(Rng& rng, int inputs, int length, int results) {
-  using namespace scalar;
-  Recorder recorder;
-  std::vector<Sym> v;
-  for (int i = 0; i < inputs; ++i) v.push_back(recorder.Input(i));
-  if (v.empty()) v.push_back(recorder.Record({Primitive::kConstant, 0, 0, 0, 0.75f}));
-  auto any = [&] { return v[rng.Below(static_cast<int64_t>(v.size()))]; };
-  for (int i = 0; i < length; ++i) {
-    Sym x = any(), y = any(), z = any();
-    switch (rng.Below(20)) {
-      case 0:
-        v.push_back(Constant(x, rng.Normal()));
-        break;
-      case 1:
-        v.push_back(x + y);
-        break;
-      case 2:
-        v.push_back(x - y);
-        break;
-      case 3:
-        v.push_back(x * y);
-        break;
-      case 4:
-        v.push_back(x / y);
-        break;
-      case 5:
-        v.push_back(Max(x, y));
-        break;
-      case 6:
-        v.push_back(Min(x, y));
-        break;
-      case 7:
-        v.push_back(-x);
-        break;
-      case 8:
-        v.push_back(Fabs(x));
-        break;
-      case 9:
-        v.push_back(SquareRoot(x));
-        break;
-      case 10:
-        v.push_back(Floor(x));
-        break;
-      case 11:
-        v.push_back(Round(x));
-        break;
-      case 12:
-        v.push_back(LessThan(x, y));
-        break;
-      case 13:
-        v.push_back(LessEqual(x, y));
-        break;
-      case 14:
-        v.push_back(EqualTo(x, y));
-        break;
-      case 15:
-        v.push_back(Where(x, y, z));
-        break;
-      case 16:
-        v.push_back(Exponential(x));
-        break;
-      case 17:
-        v.push_back(Logarithm(x));
-        break;
-      case 18:
-        v.push_back(Sine(x));
-        break;
-      case 19:
-        v.push_back(ErrorFunction(x));
-        break;
-    }
-  }
-  ScalarProgram program = recorder.Finish(inputs, v.back());
-  for (int r = 1; r < results; ++r) {
-    program.results.push_back(
-        static_cast<int32_t>(rng.Below(static_cast<int64_t>(program.code.size()))));
-  }
-  return program;
-}
-
-// An operand over `extents` in memory of its own: dimensions in random order, gaps, an offset;
-// inputs may repeat along dimensions.
-Operand RandomOperand(Rng& rng, Case& test, const std::vector<int64_t>& extents, bool output,
-                      double shuffled = 0.4, double repeated = 0.25) {
-  Operand operand;
-  operand.pointer = static_cast<int>(test.buffers.size());
-  operand.offset = rng.Pick({0, 0, 3, 16});
-  std::vector<size_t> order(extents.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-  if (rng.Chance(shuffled)) std::shuffle(order.begin(), order.end(), rng.engine());
-  operand.strides.assign(extents.size(), 0);
-  int64_t stride = rng.Chance(0.85) ? 1 : rng.Between(2, 3);
-  for (size_t i = order.size(); i-- > 0;) {
-    size_t d = order[i];
-    if (!output && rng.Chance(repeated)) continue;
-    operand.strides[d] = stride;
-    stride *= std::max<int64_t>(extents[d], 1);
-    if (rng.Chance(0.2)) stride += rng.Between(1, 5);
-  }
-  BufferPlan plan;
-  plan.elements = operand.offset + 1;
-  for (size_t d = 0; d < extents.size(); ++d) {
-    plan.elements += std::max<int64_t>(extents[d] - 1, 0) * operand.strides[d];
-  }
-  test.buffers.push_back(plan);
-  return operand;
-}
-
-std::vector<float> Special() {
-  float inf = std::numeric_limits<float>::infinity();
-  return {0.0f, -0.0f, inf,   -inf, std::nanf(""), 1e-40f, -1e-42f,   3e38f,
-          0.5f, 1.5f,  -2.5f, 1e9f, -88.5f,        127.0f, 8388609.0f};
-}
-
-void Fill(Rng& rng, const BufferPlan& plan, void* data) {
-  static const std::vector<float> special = Special();
-  for (int64_t i = 0; i < plan.elements; ++i) {
-    int64_t integer = rng.Between(plan.least_integer, plan.most_integer);
-    if (plan.dtype == DType::kI32) {
-      static_cast<int32_t*>(data)[i] = static_cast<int32_t>(integer);
-    } else if (plan.dtype == DType::kI64) {
-      static_cast<int64_t*>(data)[i] = integer;
-    } else if (plan.mask) {
-      static_cast<float*>(data)[i] = rng.Chance(0.5) ? 0 : rng.Chance(0.5) ? -1 : -INFINITY;
-    } else if (plan.plain) {
-      static_cast<float*>(data)[i] = rng.Normal();
-    } else if (plan.most_integer > 0) {
-      static_cast<float*>(data)[i] = static_cast<float>(integer);
-    } else {
-      float x = 3 * rng.Normal();
-      if (rng.Chance(0.1)) x = special[rng.Below(static_cast<int64_t>(special.size()))];
-      static_cast<float*>(data)[i] = x;
-    }
-  }
-}
-
-void CallInPieces(Rng& rng, KernelFunction function, void* const* pointers, int64_t chunks) {
-  if (rng.Chance(0.5)) return function(pointers, 0, chunks);
-  std::vector<int64_t> cuts = {0, chunks};
-  for (int i = 0; i < 5; ++i) cuts.push_back(rng.Between(0, chunks));
-  std::sort(cuts.begin(), cuts.end());
-  for (size_t i = cuts.size() - 1; i-- > 0;) function(pointers, cuts[i], cuts[i + 1]);
-}
-
-// Runs the kernel and the reference on equal memory and compares all of it, bit by bit; NaNs are
-// equal. A positive tolerance allows for that part of the largest magnitude in the buffer.
-template <class Spec>
-::testing::AssertionResult Agrees(Rng& rng, const Case& test, KernelFunction function,
-                                  double tolerance, double& worst) {
-  std::deque<GuardedBuffer> ours, theirs;
-  std::vector<void*> our_pointers, their_pointers;
-  for (const BufferPlan& plan : test.buffers) {
-    int64_t bytes = plan.elements * DTypeSize(plan.dtype);
-    our_pointers.push_back(ours.emplace_back(bytes).data());
-    their_pointers.push_back(theirs.emplace_back(bytes).data());
-    Fill(rng, plan, ours.back().data());
-    std::memcpy(theirs.back().data(), ours.back().data(), bytes);
-  }
-  if (test.prepare) {
-    reference::Run(std::get<AttentionSpec>(*test.prepare), our_pointers.data());
-    reference::Run(std::get<AttentionSpec>(*test.prepare), their_pointers.data());
-  }
-  CallInPieces(rng, function, our_pointers.data(), Chunks(test.spec));
-  reference::Run(std::get<Spec>(test.spec), their_pointers.data());
-  for (size_t i = 0; i < ours.size(); ++i) {
-    if (!ours[i].MarginIntact()) {
-      return ::testing::AssertionFailure()
-             << "wrote before buffer " << i << ": " << ToString(test.spec);
-    }
-    const auto* x = static_cast<const uint32_t*>(ours[i].data());
-    const auto* y = static_cast<const uint32_t*>(theirs[i].data());
-    double largest = 0;
-    for (int64_t j = 0; j < ours[i].bytes() / 4; ++j) {
-      float b = std::bit_cast<float>(y[j]);
-      if (std::isfinite(b)) largest = std::max<double>(largest, std::abs(b));
-    }
-    for (int64_t j = 0; j < ours[i].bytes() / 4; ++j) {
-      float a = std::bit_cast<float>(x[j]), b = std::bit_cast<float>(y[j]);
-      if (x[j] == y[j] || (std::isnan(a) && std::isnan(b))) continue;
-      double error = std::abs(static_cast<double>(a) - b) / largest;
-      if (tolerance > 0 && error <= tolerance) {
-        worst = std::max(worst, error);
-        continue;
-      }
-      return ::testing::AssertionFailure() << "buffer " << i << " word " << j << ": " << a
-                                           << " instead of " << b << " in " << ToString(test.spec);
-    }
-  }
-  return ::testing::AssertionSuccess();
-}
 
 class KernelTest : public ::testing::TestWithParam<const char*> {
  protected:
@@ -288,42 +45,6 @@ INSTANTIATE_TEST_SUITE_P(Levels, KernelTest, ::testing::Values("x86-64-v2", "x86
                          });
 
 // --- LoopSpec
-
-Case RandomLoop(Rng& rng, int64_t most) {
-  Case test;
-  LoopSpec s;
-  int rank = static_cast<int>(rng.Between(0, 4));
-  int64_t elements = 1;
-  for (int d = 0; d < rank; ++d) {
-    int64_t extent = rng.Pick({1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 40});
-    if (elements * extent > most) extent = 1;
-    if (rng.Chance(0.01)) extent = 0;
-    elements *= std::max<int64_t>(extent, 1);
-    s.extents.push_back(extent);
-  }
-  int inputs = static_cast<int>(rng.Between(0, 3)), outputs = static_cast<int>(rng.Between(1, 2));
-  for (int i = 0; i < inputs; ++i) {
-    s.inputs.push_back(RandomOperand(rng, test, s.extents, false));
-    test.buffers.back().most_integer = 0;
-    if (rng.Chance(0.15)) {
-      s.inputs.back().dtype = test.buffers.back().dtype =
-          rng.Chance(0.5) ? DType::kI32 : DType::kI64;
-      test.buffers.back().most_integer = 20'000'000;
-    }
-  }
-  for (int i = 0; i < outputs; ++i) {
-    // Sometimes in place.
-    if (i < inputs && s.inputs[i].dtype == DType::kF32 && rng.Chance(0.2) &&
-        !std::count(s.inputs[i].strides.begin(), s.inputs[i].strides.end(), 0)) {
-      s.outputs.push_back(s.inputs[i]);
-    } else {
-      s.outputs.push_back(RandomOperand(rng, test, s.extents, true));
-    }
-  }
-  s.program = RandomProgram(rng, inputs, static_cast<int>(rng.Pick({0, 1, 2, 3, 8})), outputs);
-  test.spec = s;
-  return test;
-}
 
 TEST_P(KernelTest, LoopsAgreeWithEvaluate) {
   Rng rng(1);
@@ -375,57 +96,6 @@ TEST_P(KernelTest, IntegerCopiesKeepAllBits) {
 
 // --- ReduceSpec
 
-Epilogue RandomEpilogue(Rng& rng, Case& test, const std::vector<int64_t>& extents) {
-  Epilogue e;
-  int operands = static_cast<int>(rng.Pick({0, 0, 1, 2}));
-  int outputs = static_cast<int>(rng.Pick({1, 1, 2}));
-  for (int i = 0; i < operands; ++i) {
-    e.operands.push_back(RandomOperand(rng, test, extents, false, 0.2, 0.4));
-  }
-  for (int i = 0; i < outputs; ++i) {
-    e.outputs.push_back(RandomOperand(rng, test, extents, true, 0.2));
-  }
-  e.program = RandomProgram(rng, 1 + operands, static_cast<int>(rng.Pick({0, 1, 2, 4})), outputs);
-  return e;
-}
-
-Case RandomReduce(Rng& rng, int64_t most) {
-  Case test;
-  ReduceSpec s;
-  s.kind = rng.Chance(0.7) ? ReduceSpec::kSum : ReduceSpec::kMax;
-  int64_t elements = 1;
-  auto extents = [&](int64_t rank) {
-    std::vector<int64_t> result;
-    for (int64_t d = 0; d < rank; ++d) {
-      int64_t extent = rng.Pick({1, 2, 3, 5, 8, 16, 17, 31, 33, 64, 100, 300});
-      if (elements * extent > most) extent = 1;
-      if (rng.Chance(0.01)) extent = 0;
-      elements *= std::max<int64_t>(extent, 1);
-      result.push_back(extent);
-    }
-    return result;
-  };
-  if (rng.Chance(0.5)) {
-    s.extents = extents(rng.Between(0, 3));
-    s.reduced = extents(rng.Between(1, 3));
-  } else {
-    s.reduced = extents(rng.Between(1, 3));
-    s.extents = extents(rng.Between(0, 3));
-  }
-  int inputs = static_cast<int>(rng.Between(1, 2));
-  for (int i = 0; i < inputs; ++i) {
-    s.inputs.push_back(RandomOperand(rng, test, reference::Join(s.extents, s.reduced), false));
-  }
-  // Exact on integers; without zeros of both signs among the candidates for a maximum.
-  bool product = s.kind == ReduceSpec::kSum && rng.Chance(0.5);
-  s.program = Recorded(inputs, [&](auto& in) {
-    return inputs == 1 ? in[0] : product ? in[0] * in[1] : Max(in[0], in[1]);
-  });
-  s.epilogue = RandomEpilogue(rng, test, s.extents);
-  test.spec = s;
-  return test;
-}
-
 TEST_P(KernelTest, ReductionsAreExactOnIntegers) {
   Rng rng(5);
   std::vector<Case> cases;
@@ -435,85 +105,6 @@ TEST_P(KernelTest, ReductionsAreExactOnIntegers) {
 }
 
 // --- ContractionSpec
-
-void Plan(Case& test, const Operand& operand, const std::vector<int64_t>& extents) {
-  BufferPlan plan;
-  plan.elements = operand.offset + 1;
-  for (size_t d = 0; d < extents.size(); ++d) {
-    plan.elements += std::max<int64_t>(extents[d] - 1, 0) * operand.strides[d];
-  }
-  test.buffers.push_back(plan);
-}
-
-// y[m, n] = sum_k x[m, k] w[k, n] with each matrix in one of its two layouts.
-Case MatrixProduct(Rng& rng, int64_t m, int64_t n, int64_t k, bool plain) {
-  Case test;
-  ContractionSpec s;
-  s.m = {m};
-  s.n = n;
-  s.k = {k};
-  bool at = !plain && rng.Chance(0.3), bt = !plain && rng.Chance(0.3),
-       ct = !plain && rng.Chance(0.2);
-  s.a = {0, DType::kF32, 0, at ? Index{1, m} : Index{k, 1}};
-  Plan(test, s.a, {m, k});
-  s.b = {1, DType::kF32, 0, bt ? Index{0, 1, k} : Index{0, n, 1}};
-  Plan(test, s.b, {m, k, n});
-  s.epilogue = RandomEpilogue(rng, test, {m, n});
-  Operand& out = s.epilogue.outputs[0];
-  out.offset = 0;
-  out.strides = ct ? Index{1, m} : Index{n, 1};
-  test.buffers[out.pointer].elements = m * n;
-  test.spec = s;
-  return test;
-}
-
-// A convolution of x [B, H, W, C] by w [panels, kh, kw, C, N] to [B, h, w, panels, N].
-Case Convolution(Rng& rng, int64_t batch, int64_t rows, int64_t columns, int64_t in, int64_t panels,
-                 int64_t out, int64_t kernel, int64_t stride) {
-  Case test;
-  ContractionSpec s;
-  int64_t height = (rows - 1) * stride + kernel, width = (columns - 1) * stride + kernel;
-  s.m = {batch, panels, rows, columns};
-  s.n = out;
-  s.k = {kernel, kernel, in};
-  s.a = {0,
-         DType::kF32,
-         0,
-         {height * width * in, 0, stride * width * in, stride * in, width * in, in, 1}};
-  s.b = {1,
-         DType::kF32,
-         0,
-         {0, kernel * kernel * in * out, 0, 0, kernel * in * out, in * out, out, 1}};
-  std::vector<int64_t> all = {batch, panels, rows, columns, kernel, kernel, in, out};
-  Plan(test, s.a, {batch, panels, rows, columns, kernel, kernel, in});
-  Plan(test, s.b, all);
-  s.epilogue = RandomEpilogue(rng, test, {batch, panels, rows, columns, out});
-  test.spec = s;
-  return test;
-}
-
-// Any strides at all.
-Case RandomContraction(Rng& rng, int64_t most) {
-  Case test;
-  ContractionSpec s;
-  int64_t size = 1;
-  auto extent = [&] {
-    int64_t e = rng.Pick({1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 20, 33});
-    if (size * e > most) e = 1;
-    if (rng.Chance(0.005)) e = 0;
-    size *= std::max<int64_t>(e, 1);
-    return e;
-  };
-  for (int64_t i = rng.Between(0, 3); i > 0; --i) s.m.push_back(extent());
-  s.n = extent();
-  for (int64_t i = rng.Between(0, 3); i > 0; --i) s.k.push_back(extent());
-  s.a = RandomOperand(rng, test, reference::Join(s.m, s.k), false, 0.4, 0.3);
-  s.b =
-      RandomOperand(rng, test, reference::Join(reference::Join(s.m, s.k), {s.n}), false, 0.4, 0.4);
-  s.epilogue = RandomEpilogue(rng, test, reference::Join(s.m, {s.n}));
-  test.spec = s;
-  return test;
-}
 
 TEST_P(KernelTest, ContractionsAreExactOnIntegers) {
   Rng rng(7);
@@ -534,59 +125,6 @@ TEST_P(KernelTest, ContractionsAreExactOnIntegers) {
 }
 
 // --- Attention
-
-// Token layout [B, L, H * D]: strides over b, h, i, d; a batch stride of 0 shares the memory.
-Operand Tokens(Case& test, int64_t batch, int64_t heads, int64_t tokens, int64_t width,
-               bool shared) {
-  Operand operand;
-  operand.pointer = static_cast<int>(test.buffers.size());
-  operand.strides = {shared ? 0 : tokens * heads * width, width, heads * width, 1};
-  test.buffers.push_back({DType::kF32, (shared ? 1 : batch) * tokens * heads * width, 0});
-  return operand;
-}
-
-struct AttentionCase {
-  int64_t batch, heads, queries, keys, head_dim, value_dim;
-  bool causal = false;
-  int mask = 0;  // 1: [B, 1, 1, S], 2: [1, 1, L, S], 3: [B, H, L, S]
-  bool shared = false;
-};
-
-Case Attention(const AttentionCase& c) {
-  Case test;
-  AttentionSpec s;
-  s.batch = c.batch;
-  s.heads = c.heads;
-  s.queries = c.queries;
-  s.keys = c.keys;
-  s.head_dim = c.head_dim;
-  s.value_dim = c.value_dim;
-  s.scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
-  s.causal = c.causal;
-  s.has_mask = c.mask > 0;
-  s.q = Tokens(test, c.batch, c.heads, c.queries, c.head_dim, false);
-  s.k = Tokens(test, c.batch, c.heads, c.keys, c.head_dim, c.shared);
-  s.v = Tokens(test, c.batch, c.heads, c.keys, c.value_dim, c.shared);
-  s.out = Tokens(test, c.batch, c.heads, c.queries, c.value_dim, false);
-  s.lse = {4, DType::kF32, 0, {c.heads * c.queries, c.queries, 1}};
-  test.buffers.push_back({DType::kF32, c.batch * c.heads * c.queries, 0});
-  if (c.mask > 0) {
-    s.mask = {5, DType::kF32, 0, {}};
-    int64_t all = c.heads * c.queries * c.keys, one = c.queries * c.keys;
-    s.mask.strides = c.mask == 1   ? Index{c.keys, 0, 0, 1}
-                     : c.mask == 2 ? Index{0, 0, c.keys, 1}
-                                   : Index{all, one, c.keys, 1};
-    test.buffers.push_back({DType::kF32,
-                            c.mask == 1   ? c.batch * c.keys
-                            : c.mask == 2 ? one
-                                          : c.batch * all,
-                            0});
-  }
-  for (BufferPlan& plan : test.buffers) plan.plain = true;
-  if (c.mask > 0) test.buffers.back().mask = true;
-  test.spec = s;
-  return test;
-}
 
 const AttentionCase kAttentionCases[] = {
     {1, 1, 1, 1, 1, 1},
@@ -689,6 +227,260 @@ TEST_P(KernelTest, PhiloxAgreesWithCore) {
     cases.push_back(test);
   }
   Check<PhiloxSpec>(cases, 15);
+}
+
+// --- What holds for all kernels
+
+struct Memory {
+  std::deque<GuardedBuffer> buffers;
+  std::vector<void*> pointers;
+  explicit Memory(const Case& test, uint32_t seed = 1) {
+    Rng rng(seed);
+    for (const BufferPlan& plan : test.buffers) {
+      pointers.push_back(buffers.emplace_back(plan.elements * DTypeSize(plan.dtype)).data());
+      Fill(rng, plan, pointers.back());
+    }
+  }
+  std::vector<float> Floats(size_t i) {
+    const auto* data = static_cast<const float*>(pointers[i]);
+    return {data, data + buffers[i].bytes() / 4};
+  }
+};
+
+TEST_P(KernelTest, ResultsDoNotDependOnTheCut) {
+  std::vector<Case> cases = {Layer(8, 16, 32, 32, 16), Attention({4, 4, 64, 64, 16, 16})};
+  Case sum;
+  ReduceSpec s;
+  s.extents = {64};
+  s.reduced = {4096};
+  s.inputs = {{0, DType::kF32, 0, {4096, 1}}};
+  s.program = Identity();
+  s.epilogue = {Identity(), {}, {{1, DType::kF32, 0, {1}}}};
+  sum.spec = s;
+  sum.buffers = {{DType::kF32, 64 * 4096, 0}, {DType::kF32, 64, 0}};
+  for (BufferPlan& plan : sum.buffers) plan.plain = true;
+  cases.push_back(sum);
+  std::vector<NamedSpec> specs;
+  for (const Case& test : cases) specs.push_back({test.spec, "cut"});
+  CompiledKernels kernels = CompileKernels(specs, target());
+  for (size_t i = 0; i < cases.size(); ++i) {
+    int64_t chunks = Chunks(cases[i].spec);
+    ASSERT_GT(chunks, 1);
+    Memory whole(cases[i]), cut(cases[i]);
+    kernels.functions()[i](whole.pointers.data(), 0, chunks);
+    for (int64_t c = chunks; c-- > 0;) kernels.functions()[i](cut.pointers.data(), c, c + 1);
+    for (size_t j = 0; j < whole.buffers.size(); ++j) {
+      EXPECT_EQ(std::memcmp(whole.pointers[j], cut.pointers[j], whole.buffers[j].bytes()), 0)
+          << "case " << i << " buffer " << j;
+    }
+  }
+}
+
+// |error| <= u (2 sqrt(K) + 2) sum |a b|, u = 2^-24: numbers in [0, 1) make it sharp.
+TEST_P(KernelTest, LongSumsStayInTheErrorBound) {
+  constexpr int64_t kRows = 3, kLong = 200'000, kDepth = 3000;
+  ReduceSpec rows, columns;
+  rows.extents = {kRows};
+  rows.reduced = {kLong};
+  rows.inputs = {{0, DType::kF32, 0, {kLong, 1}}};
+  rows.program = Identity();
+  rows.epilogue = {Identity(), {}, {{1, DType::kF32, 0, {1}}}};
+  columns = rows;
+  columns.inputs[0].strides = {1, kRows};
+  ContractionSpec product;
+  product.m = {5};
+  product.n = 33;
+  product.k = {kDepth};
+  product.a = {0, DType::kF32, 0, {kDepth, 1}};
+  product.b = {2, DType::kF32, 0, {0, 33, 1}};
+  product.epilogue = {Identity(), {}, {{1, DType::kF32, 0, {33, 1}}}};
+  CompiledKernels kernels = CompileKernels(
+      std::vector<NamedSpec>{{rows, "rows"}, {columns, "columns"}, {product, "product"}}, target());
+  Rng rng(3);
+  std::vector<float> x(kRows * kLong), w(kDepth * 33), y(5 * 33);
+  for (float& value : x) value = static_cast<float>(rng.Below(1 << 24)) * 0x1p-24f;
+  for (float& value : w) value = static_cast<float>(rng.Below(1 << 24)) * 0x1p-24f;
+  void* pointers[] = {x.data(), y.data(), w.data()};
+  auto check = [&](double exact, float result, double depth) {
+    double bound = 0x1p-24 * (2 * std::sqrt(depth) + 2) * exact;
+    EXPECT_LE(std::abs(result - exact), bound);
+  };
+  for (int which : {0, 1}) {
+    const ReduceSpec& s = which == 0 ? rows : columns;
+    kernels.functions()[which](pointers, 0, Chunks(KernelSpec(s)));
+    for (int64_t i = 0; i < kRows; ++i) {
+      double exact = 0;
+      for (int64_t j = 0; j < kLong; ++j) {
+        exact += x[i * s.inputs[0].strides[0] + j * s.inputs[0].strides[1]];
+      }
+      check(exact, y[i], kLong);
+    }
+  }
+  kernels.functions()[2](pointers, 0, Chunks(KernelSpec(product)));
+  for (int64_t i = 0; i < 5; ++i) {
+    for (int64_t j = 0; j < 33; ++j) {
+      double exact = 0;
+      for (int64_t k = 0; k < kDepth; ++k) exact += double{x[i * kDepth + k]} * w[k * 33 + j];
+      check(exact, y[i * 33 + j], kDepth);
+    }
+  }
+}
+
+// Loops that other compilers turn into memset and memcpy: the linker knows no symbol outside the
+// kernel, so a call would fail to link.
+TEST_P(KernelTest, FillsAndCopiesCallNothing) {
+  LoopSpec fill, copy;
+  fill.extents = {100'000};
+  fill.program = {0, {{Primitive::kConstant, 0, 0, 0, 0.0f}}, {0}};
+  fill.outputs = {{0, DType::kF32, 0, {1}}};
+  copy.extents = {100'000};
+  copy.program = Identity();
+  copy.inputs = {{0, DType::kF32, 0, {1}}};
+  copy.outputs = {{1, DType::kF32, 0, {1}}};
+  CompiledKernels kernels =
+      CompileKernels(std::vector<NamedSpec>{{fill, "fill"}, {copy, "copy"}}, target());
+  std::vector<float> x(100'000, 3.0f), y(100'000, 4.0f);
+  void* pointers[] = {x.data(), y.data()};
+  kernels.functions()[0](pointers, 0, Chunks(KernelSpec(fill)));
+  kernels.functions()[1](pointers, 0, Chunks(KernelSpec(copy)));
+  EXPECT_EQ(x, std::vector<float>(100'000, 0.0f));
+  EXPECT_EQ(x, y);
+}
+
+// The bodies of innermost loops in LLVM's assembly text.
+std::vector<std::vector<std::string>> InnermostLoops(const std::string& path) {
+  std::ifstream file(path);
+  std::vector<std::vector<std::string>> loops;
+  std::vector<std::string> body;
+  std::string line, label, last_label;
+  while (std::getline(file, line)) {
+    if (line.starts_with(".L") && line.find(':') != std::string::npos) {
+      last_label = line.substr(0, line.find(':'));
+    }
+    if (line.find("Inner Loop Header") != std::string::npos) {
+      label = last_label;
+      body.clear();
+    } else if (!label.empty()) {
+      body.push_back(line);
+      if (line.find("\tj") != std::string::npos && line.ends_with(label)) {
+        loops.push_back(body);
+        label.clear();
+      }
+    }
+  }
+  return loops;
+}
+
+TEST_P(KernelTest, InnermostLoopOfAConvolutionStaysInRegisters) {
+  std::string folder = ::testing::TempDir() + "calotype_kernel_test_" + std::to_string(getpid());
+  setenv("CALOTYPE_DUMP", folder.c_str(), 1);
+  Target machine = target();
+  Case test = Layer(2, 16, 32, 32, 2 * machine.vector_width);
+  CompiledKernels kernels = CompileKernels(std::vector<NamedSpec>{{test.spec, "conv 32"}}, machine);
+  unsetenv("CALOTYPE_DUMP");
+  std::string path;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    if (entry.path().extension() == ".s") path = entry.path().string();
+  }
+  ASSERT_NE(path.find("calotype_conv_32"), std::string::npos);
+  size_t products = 0;
+  for (const std::vector<std::string>& loop : InnermostLoops(path)) {
+    size_t here = 0;
+    std::string stack;
+    for (const std::string& line : loop) {
+      here += line.find(machine.fma ? "\tvfmadd" : "\tmulps") != std::string::npos;
+      if (line.find("(%rsp") != std::string::npos) stack += line + "\n";
+    }
+    products = std::max(products, here);
+    if (here > 0) {
+      EXPECT_EQ(stack, "") << path;
+    }
+  }
+  EXPECT_GE(products, 8u) << path;
+  std::filesystem::remove_all(folder);
+}
+
+double ThreadSeconds() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+double GigaflopsPerSecond(KernelFunction function, const Case& test, double flops) {
+  Memory memory(test);
+  double best = 1e9;
+  for (int run = 0; run < 20; ++run) {
+    double start = ThreadSeconds();
+    function(memory.pointers.data(), 0, Chunks(test.spec));
+    best = std::min(best, ThreadSeconds() - start);
+  }
+  return flops / best * 1e-9;
+}
+
+// A part of the multiply-add peak that this machine shows in a loop without loads, on one thread.
+TEST(KernelSpeed, ContractionsComeNearThePeak) {
+  const Target& machine = HostTarget();
+  int64_t width = machine.vector_width, panel = 2 * width;
+  Case peak;
+  ContractionSpec s;
+  s.m = {4};
+  s.n = panel;
+  s.k = {300'000};
+  s.a = {0, DType::kF32, 0, {1, 0}};
+  s.b = {1, DType::kF32, 0, {0, 0, 1}};
+  s.epilogue = {Identity(), {}, {{2, DType::kF32, 0, {panel, 1}}}};
+  peak.spec = s;
+  peak.buffers = {{DType::kF32, 4}, {DType::kF32, panel}, {DType::kF32, 4 * panel}};
+  Case product;
+  s.m = {320 / panel, 1024};
+  s.k = {320};
+  s.a = {0, DType::kF32, 0, {0, 320, 1}};
+  s.b = {1, DType::kF32, 0, {320 * panel, 0, panel, 1}};
+  s.epilogue.outputs[0].strides = {panel, 320, 1};
+  product.spec = s;
+  product.buffers = {
+      {DType::kF32, 1024 * 320}, {DType::kF32, 320 * 320}, {DType::kF32, 1024 * 320}};
+  std::vector<std::pair<Case, double>> cases = {
+      {peak, 8.0 * static_cast<double>(panel) * 3e5},
+      {product, 2.0 * 1024 * 320 * 320},
+      {Layer(16, 16, 32, 32, panel), 18.0 * 16 * 256 * 32 * 32},
+      {Layer(16, 8, 64, 64, panel), 18.0 * 16 * 64 * 64 * 64}};
+  std::vector<NamedSpec> specs;
+  for (const auto& [test, flops] : cases) specs.push_back({test.spec, "speed"});
+  CompiledKernels kernels = CompileKernels(specs);
+  double most = GigaflopsPerSecond(kernels.functions()[0], peak, cases[0].second);
+  const char* names[] = {"peak", "matrix product 1024x320x320", "3x3 32->32 at 16x16",
+                         "3x3 64->64 at 8x8"};
+  std::printf("%-28s %7.1f GFLOP/s\n", names[0], most);
+  for (size_t i = 1; i < cases.size(); ++i) {
+    double rate = GigaflopsPerSecond(kernels.functions()[i], cases[i].first, cases[i].second);
+    std::printf("%-28s %7.1f GFLOP/s, %3.0f %% of the peak\n", names[i], rate, 100 * rate / most);
+    // Well below what a quiet machine shows, so that only a broken kernel fails.
+    EXPECT_GT(rate, 0.4 * most) << names[i];
+  }
+}
+
+TEST(CompileKernelsTest, EqualSpecsShareOneKernel) {
+  Case a = Layer(1, 4, 4, 8, 8), b = Layer(1, 4, 4, 8, 8), c = Layer(1, 5, 4, 8, 8);
+  CompiledKernels kernels =
+      CompileKernels(std::vector<NamedSpec>{{a.spec, "a"}, {b.spec, "b"}, {c.spec, "c"}});
+  EXPECT_EQ(kernels.compiled(), 2);
+  EXPECT_EQ(kernels.functions()[0], kernels.functions()[1]);
+  EXPECT_NE(kernels.functions()[0], kernels.functions()[2]);
+}
+
+TEST(CompileKernelsTest, ErrorsAreTyped) {
+  EXPECT_THROW(MakeTarget("z80"), ValueError);
+  LoopSpec s;
+  s.extents = {4};
+  s.inputs = {{0, DType::kF64, 0, {1}}};
+  s.outputs = {{1, DType::kF32, 0, {1}}};
+  s.program = Identity();
+  EXPECT_THROW(CompileKernels(std::vector<NamedSpec>{{s, "f64"}}), UnsupportedError);
+  s.inputs[0] = {0, DType::kF32, 0, {1, 1}};
+  EXPECT_THROW(CompileKernels(std::vector<NamedSpec>{{s, "rank"}}), InternalError);
+  s.inputs.clear();
+  EXPECT_THROW(CompileKernels(std::vector<NamedSpec>{{s, "no input"}}), InternalError);
 }
 
 }  // namespace
