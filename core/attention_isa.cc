@@ -23,9 +23,10 @@ enum Mode { kOverwrite, kAccumulate, kRescale };
 
 // c[r][x] = (c[r][x] *) + sum_i a[r * a_row + i * a_col] x[i][x] for R rows and V vectors of x;
 // kRescale multiplies the old c by `factor` first. Rows of x and c have x_row and c_row floats.
-template <int R, int V, Mode mode>
+// What is stored is finish(r, v, result).
+template <int R, int V, Mode mode, class F>
 CALOTYPE_SIMD void Tile(int64_t n, const float* a, int64_t a_row, int64_t a_col, const float* x,
-                        int64_t x_row, float* c, int64_t c_row, const Vec* factor) {
+                        int64_t x_row, float* c, int64_t c_row, const Vec* factor, F finish) {
   Vec sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -53,27 +54,44 @@ CALOTYPE_SIMD void Tile(int64_t n, const float* a, int64_t a_row, int64_t a_col,
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) Store(c + r * c_row + v * kLanes, sum[r][v]);
+    for (int v = 0; v < V; ++v) Store(c + r * c_row + v * kLanes, finish(r, v, sum[r][v]));
   }
 }
 
+#define CALOTYPE_FINISH(...)                                       \
+  [&]([[maybe_unused]] int64_t row, [[maybe_unused]] int v, Vec x) \
+      __attribute__((always_inline)) {                             \
+    __VA_ARGS__                                                    \
+  }
+
 // Tile for any number of rows.
+template <int V, Mode mode, class F>
+CALOTYPE_SIMD void Product(int64_t rows, int64_t n, const float* a, int64_t a_row, int64_t a_col,
+                           const float* x, int64_t x_row, float* c, int64_t c_row,
+                           const Vec* factor, F finish) {
+  int64_t r = 0;
+  auto at_row = CALOTYPE_FINISH(return finish(r + row, v, x););
+  for (; r + kTileRows <= rows; r += kTileRows) {
+    Tile<kTileRows, V, mode>(n, a + r * a_row, a_row, a_col, x, x_row, c + r * c_row, c_row, factor,
+                             at_row);
+  }
+  if (kTileRows > 4 && r + 4 <= rows) {
+    Tile<4, V, mode>(n, a + r * a_row, a_row, a_col, x, x_row, c + r * c_row, c_row, factor,
+                     at_row);
+    r += 4;
+  }
+  for (; r < rows; ++r) {
+    Tile<1, V, mode>(n, a + r * a_row, a_row, a_col, x, x_row, c + r * c_row, c_row, factor,
+                     at_row);
+  }
+}
+
 template <int V, Mode mode>
 CALOTYPE_SIMD void Product(int64_t rows, int64_t n, const float* a, int64_t a_row, int64_t a_col,
                            const float* x, int64_t x_row, float* c, int64_t c_row,
                            const Vec* factor = nullptr) {
-  int64_t r = 0;
-  for (; r + kTileRows <= rows; r += kTileRows) {
-    Tile<kTileRows, V, mode>(n, a + r * a_row, a_row, a_col, x, x_row, c + r * c_row, c_row,
-                             factor);
-  }
-  if (kTileRows > 4 && r + 4 <= rows) {
-    Tile<4, V, mode>(n, a + r * a_row, a_row, a_col, x, x_row, c + r * c_row, c_row, factor);
-    r += 4;
-  }
-  for (; r < rows; ++r) {
-    Tile<1, V, mode>(n, a + r * a_row, a_row, a_col, x, x_row, c + r * c_row, c_row, factor);
-  }
+  Product<V, mode>(rows, n, a, a_row, a_col, x, x_row, c, c_row, factor,
+                   CALOTYPE_FINISH(return x;));
 }
 
 // to[d][i] = factor * from[i][d] for `count` tokens i and `width` columns d, and 0 for the tokens
@@ -142,11 +160,16 @@ CALOTYPE_SIMD void TransposeOut(const float* from, int64_t lanes, int64_t count,
 // to[i][d] = factor * from[i][d], with zeros up to `lanes` tokens and `to_row` columns.
 CALOTYPE_SIMD void CopyPadded(const float* from, int64_t row, int64_t count, int64_t width,
                               float factor, float* to, int64_t to_row, int64_t lanes) {
-  for (int64_t i = 0; i < lanes; ++i) {
-    int64_t used = i < count ? width : 0;
-    for (int64_t d = 0; d < used; ++d) to[i * to_row + d] = factor * from[i * row + d];
-    for (int64_t d = used; d < to_row; ++d) to[i * to_row + d] = 0;
+  Vec f = Splat(factor);
+  for (int64_t i = 0; i < count; ++i) {
+    const float* in = from + i * row;
+    float* out = to + i * to_row;
+    int64_t d = 0;
+    for (; d + kLanes <= width; d += kLanes) Store(out + d, Load(in + d) * f);
+    for (; d < width; ++d) out[d] = in[d] * factor;
+    for (; d < to_row; ++d) out[d] = 0;
   }
+  for (int64_t i = count * to_row; i < lanes * to_row; ++i) to[i] = 0;
 }
 
 // Adds the mask to the scores s[key][query] of keys [j0, j0 + keys) and queries from i0 on, and
@@ -171,6 +194,12 @@ CALOTYPE_SIMD void ApplyMask(const AttentionShape& shape, const AttentionMask& m
       for (int64_t i = 0; i < hidden; ++i) s[j * kWidth + i] = -__builtin_inff();
     }
   }
+}
+
+// True if the scores of these keys and queries are what the product gives.
+CALOTYPE_SIMD bool Unmasked(const AttentionShape& shape, const AttentionMask& mask, int64_t i0,
+                            int64_t j0, int64_t keys) {
+  return !mask.data && !(shape.causal && j0 + keys - 1 > i0);
 }
 
 // z[query] of key j: what dropout multiplies the weights of queries from i0 on by.
@@ -211,16 +240,24 @@ CALOTYPE_SIMD void ForwardBlock(const AttentionShape& shape, const AttentionHead
                                 const ForwardGroup& g, int64_t i0, int64_t count, int64_t j0,
                                 int64_t keys) {
   constexpr int64_t kWidth = V * kLanes;
+  const float* k = head.k + j0 * head.q_row;
   float* s = g.scores;
-  Product<V, kOverwrite>(keys, shape.head_dim, head.k + j0 * head.q_row, head.q_row, 1, g.q, kWidth,
-                         s, kWidth);
-  ApplyMask<V>(shape, head.mask, i0, count, j0, keys, s);
   Vec old[V], max[V], sum[V], factor[V], log2e = Splat(kLog2E);
 #pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) max[v] = old[v] = Load(g.max + v * kLanes);
+  if (Unmasked(shape, head.mask, i0, j0, keys)) {
+    Product<V, kOverwrite>(keys, shape.head_dim, k, head.q_row, 1, g.q, kWidth, s, kWidth, nullptr,
+                           CALOTYPE_FINISH(max[v] = Max(max[v], x); return x;));
+  } else {
+    Product<V, kOverwrite>(keys, shape.head_dim, k, head.q_row, 1, g.q, kWidth, s, kWidth);
+    ApplyMask<V>(shape, head.mask, i0, count, j0, keys, s);
+    for (int64_t j = 0; j < keys; ++j) {
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) max[v] = Max(max[v], Load(s + j * kWidth + v * kLanes));
+    }
+  }
+#pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
-    old[v] = Load(g.max + v * kLanes);
-    max[v] = old[v];
-    for (int64_t j = 0; j < keys; ++j) max[v] = Max(max[v], Load(s + j * kWidth + v * kLanes));
     // Starting from the lowest finite number, -inf scores vanish also if there is nothing else.
     factor[v] = Exp2((old[v] - max[v]) * log2e);
     Store(g.max + v * kLanes, max[v]);

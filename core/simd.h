@@ -48,20 +48,20 @@ CALOTYPE_SIMD Vec Round(Vec a) { return _mm_round_ps(a, 8); }
 #else
 CALOTYPE_SIMD Vec Splat(float x) { return Vec{x, x, x, x}; }
 CALOTYPE_SIMD Vec Fma(Vec a, Vec b, Vec c) { return a * b + c; }
-CALOTYPE_SIMD Vec Max(Vec a, Vec b) { return a > b ? a : b; }
+CALOTYPE_SIMD Vec Max(Vec a, Vec b) { return a > b ? a : b; }  // b if one is NaN
 CALOTYPE_SIMD Vec Round(Vec a) {
   for (int i = 0; i < kLanes; ++i) a[i] = __builtin_rintf(a[i]);
   return a;
 }
 #endif
 
-// 2^t for t <= 0, relative error 1.3e-7; 0 for t below -126 (also -inf), NaN stays NaN.
+// 2^t for t <= 0, relative error 1.3e-7; 0 for t below -126 (also -inf; AVX-512 goes through the
+// denormals), NaN stays NaN.
 CALOTYPE_SIMD Vec Exp2(Vec t) {
-  Vec low = Splat(-126.0f);
-  VecInt vanishes = t < low;
-  t = vanishes ? low : t;
-  Vec n = Round(t);
-  Vec f = t - n;
+  Vec low = Splat(-200.0f);
+  Vec bounded = Max(low, t);  // t if that is NaN
+  Vec n = Round(bounded);
+  Vec f = bounded - n;
   // Minimax polynomial of 2^f on [-1/2, 1/2].
   Vec p = Splat(0.0013276472f);
   p = Fma(p, f, Splat(0.0096755413f));
@@ -70,22 +70,34 @@ CALOTYPE_SIMD Vec Exp2(Vec t) {
   p = Fma(p, f, Splat(0.69314697f));
   p = Fma(p, f, Splat(1.0f));
 #if defined(__AVX512F__)
-  p = _mm512_maskz_scalef_ps(0xffff, p, n);
+  return _mm512_maskz_scalef_ps(0xffff, p, n);
 #else
+  VecInt vanishes = t < Splat(-126.0f);
   p = (Vec)((VecInt)p + (__builtin_convertvector(n, VecInt) << 23));
+  return (Vec)(~vanishes & (VecInt)p);
 #endif
-  return vanishes ? Vec{} : p;
 }
 
-// The sum of the lanes, pairwise: the same order at every call.
+// The sum of the lanes, by halves: the same order at every call.
 CALOTYPE_SIMD float SumLanes(Vec x) {
-  float part[kLanes];
-  Store(part, x);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  }
-  return part[0];
+#if defined(__SSE4_1__)
+#if defined(__AVX512F__)
+  __m256d upper = _mm512_maskz_extractf64x4_pd(0xf, _mm512_castps_pd(x), 1);
+  __m256d lower = _mm512_maskz_extractf64x4_pd(0xf, _mm512_castps_pd(x), 0);
+  __m256 eight = _mm256_castpd_ps(lower) + _mm256_castpd_ps(upper);
+#elif defined(__AVX2__)
+  __m256 eight = x;
+#endif
+#if defined(__AVX2__)
+  __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+#else
+  __m128 four = x;
+#endif
+  four += _mm_movehl_ps(four, four);
+  return four[0] + four[1];
+#else
+  return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
 }
 
 }  // namespace
