@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "core/random.h"
+#include "pipelines/model_graphs.h"
+#include "pipelines/training_setup.h"
 
 namespace calotype {
 namespace {
@@ -14,6 +16,12 @@ double Median(std::vector<double> values) {
   auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
   std::nth_element(values.begin(), middle, values.end());
   return *middle;
+}
+
+Tensor Integers(const Shape& shape, int64_t limit, Random& random) {
+  Tensor result(shape, DType::kI64);
+  for (int64_t& v : result.values<int64_t>()) v = random.Integer(limit);
+  return result;
 }
 
 }  // namespace
@@ -51,22 +59,38 @@ Comparison Compare(const std::function<ComputationGraph()>& make_graph,
 }
 
 Comparison CompareUNet(DiffusionModel& model, int64_t batch, double seconds) {
-  model.SetTrainingMode(false);
-  Shape picture{batch, model.channels(), model.side(), model.side()};
-  Shape context{batch, model.caption_tokens(), model.context_width()};
   Random random(0, "benchmark");
-  Tensor timesteps({batch}, DType::kI64);
-  for (int64_t i = 0; i < batch; ++i) timesteps.data<int64_t>()[i] = 7 + 13 * i % 900;
-  std::vector<Tensor> inputs{random.NormalTensor(picture), timesteps, random.NormalTensor(context)};
-  auto make_graph = [&] {
-    ComputationGraph graph;
-    Value sample = graph.Input("sample", picture),
-          timestep = graph.Input("timestep", timesteps.type());
-    graph.Output("out",
-                 model.Denoise(sample, timestep, graph.Input("encoder_hidden_states", context)));
-    return graph;
-  };
-  return Compare(make_graph, inputs, seconds);
+  std::vector<Tensor> inputs{
+      random.NormalTensor({batch, model.channels(), model.side(), model.side()}),
+      Integers({batch}, 1000, random),
+      random.NormalTensor({batch, model.caption_tokens(), model.context_width()})};
+  return Compare([&] { return UNetGraph(model, batch); }, inputs, seconds);
+}
+
+Comparison CompareTrainingStep(DiffusionModel& model, int64_t batch, double seconds) {
+  Random random(0, "benchmark");
+  NoiseSchedule schedule(model.scheduler());
+  Optimizer optimizer(AdamW{}, model.NamedParameters(), 1);
+  Ema ema({.decay = 0.995}, model.NamedParameters());
+  Shape pictures{batch, model.channels(), model.side(), model.side()};
+  int64_t words = static_cast<int64_t>(model.encoder().config().vocabulary.size());
+  std::vector<Tensor> inputs{random.NormalTensor(pictures), random.NormalTensor(pictures),
+                             Integers({batch}, schedule.size(), random),
+                             Integers({batch, model.caption_tokens()}, words, random)};
+  for (Tensor& input : optimizer.Inputs(1, 0)) inputs.push_back(std::move(input));
+  for (Tensor& input : ema.Inputs(1)) inputs.push_back(std::move(input));
+  return Compare([&] { return TrainingStepGraph(model, schedule, batch, optimizer, &ema); }, inputs,
+                 seconds);
+}
+
+std::unique_ptr<DiffusionModel> RandomModel(const std::string& unet) {
+  UNet2DConditionConfig config = UNetOf(unet);
+  CaptionEncoderConfig encoder;
+  for (char c = 'a'; c <= 'z'; ++c) encoder.vocabulary.push_back(std::string(1, c));
+  encoder.hidden_size = config.cross_attention_dim[0];
+  auto model = std::make_unique<DiffusionModel>(config, encoder, SchedulerConfig{});
+  model->Initialize(0);
+  return model;
 }
 
 }  // namespace calotype

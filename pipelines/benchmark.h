@@ -16,12 +16,17 @@ struct Comparison {
       0;  // largest |jit - eager| over the largest |eager|, over all outputs
 };
 
-// Runs the graph on both for about `seconds` each, alternating, after one call for warm-up. Graphs
-// with updates change their parameters, so these are compared before the first timed call only.
+// Runs the graph on both for about `seconds` each, alternating, after one call that compares them.
 Comparison Compare(const std::function<ComputationGraph()>& make_graph,
                    std::span<const Tensor> inputs, double seconds = 1);
 
-// One U-Net call on a batch of noise with the context of the model's empty caption.
+// One U-Net call on random pictures and contexts.
 Comparison CompareUNet(DiffusionModel& model, int64_t batch, double seconds = 1);
+// One AdamW training step with clipping and averages on random pictures, at a learning rate of 0.
+Comparison CompareTrainingStep(DiffusionModel& model, int64_t batch, double seconds = 1);
+
+// A model with random weights and an invented vocabulary around the U-Net of that name (see
+// UNetOf).
+std::unique_ptr<DiffusionModel> RandomModel(const std::string& unet);
 
 }  // namespace calotype

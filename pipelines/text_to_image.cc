@@ -8,7 +8,7 @@
 #include "core/random.h"
 #include "diffusion/guidance.h"
 #include "diffusion/scheduler.h"
-#include "graph/functions.h"
+#include "pipelines/model_graphs.h"
 
 namespace calotype {
 namespace {
@@ -64,11 +64,7 @@ std::unique_ptr<TextToImagePipeline> TextToImagePipeline::Load(const std::filesy
 GraphRunner& TextToImagePipeline::Encoder(int64_t batch) {
   auto& encoder = encoders_[batch];
   if (!encoder) {
-    model_.SetTrainingMode(false);
-    ComputationGraph graph;
-    Value tokens = graph.Input("tokens", {DType::kI64, {batch, model_.caption_tokens()}});
-    graph.Output("context", model_.Encode(tokens));
-    encoder = std::make_unique<GraphRunner>(std::move(graph), backend_);
+    encoder = std::make_unique<GraphRunner>(EncoderGraph(model_, batch), backend_);
     compile_seconds_ += encoder->compile_seconds();
   }
   return *encoder;
@@ -77,14 +73,7 @@ GraphRunner& TextToImagePipeline::Encoder(int64_t batch) {
 GraphRunner& TextToImagePipeline::UNet(int64_t batch, int64_t side) {
   auto& unet = unets_[{batch, side}];
   if (!unet) {
-    model_.SetTrainingMode(false);
-    ComputationGraph graph;
-    Value sample = graph.Input("sample", Shape{batch, model_.channels(), side, side});
-    Value timestep = graph.Input("timestep", {DType::kI64, {batch}});
-    Value context = graph.Input("encoder_hidden_states",
-                                Shape{batch, model_.caption_tokens(), model_.context_width()});
-    graph.Output("out", model_.Denoise(sample, timestep, context));
-    unet = std::make_unique<GraphRunner>(std::move(graph), backend_);
+    unet = std::make_unique<GraphRunner>(UNetGraph(model_, batch, side), backend_);
     compile_seconds_ += unet->compile_seconds();
   }
   return *unet;

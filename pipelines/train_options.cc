@@ -2,6 +2,7 @@
 
 #include <nlohmann/json.hpp>
 #include <set>
+#include <variant>
 
 #include "core/error.h"
 
@@ -53,6 +54,25 @@ void Validate(const TrainOptions& o) {
   in_range("checkpoints_total_limit", static_cast<double>(o.checkpoints_total_limit), 0, 1e6);
   in_range("validation_steps", static_cast<double>(o.validation_steps), 0, 1e9);
   in_range("sample_steps", static_cast<double>(o.sample_steps), 0, 1e9);
+}
+
+TrainOptions MergeForResume(const TrainOptions& stored, const TrainOptions& given,
+                            const std::set<std::string>& chosen) {
+  using Field = std::variant<const std::string*, const int64_t*, const double*, const uint64_t*>;
+  std::vector<Field> fields;
+  TrainOptions::Visit(given, [&](const char*, const auto& field, const char*, bool) {
+    fields.emplace_back(&field);
+  });
+  TrainOptions merged = stored;
+  size_t next = 0;
+  TrainOptions::Visit(merged, [&](const char* name, auto& field, const char*, bool resumable) {
+    const auto& wanted = *std::get<const std::decay_t<decltype(field)>*>(fields[next++]);
+    if (chosen.count(name) == 0 || wanted == field) return;
+    Check(resumable, "resume: {} is {} here and {} in the run; a continued run keeps it", name,
+          wanted, field);
+    field = wanted;
+  });
+  return merged;
 }
 
 std::string ToJson(const TrainOptions& options) {

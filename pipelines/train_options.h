@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -16,7 +17,7 @@ struct TrainOptions {
   std::string data = "shapes";
   std::string unet = "toy16";
   int64_t resolution = 0;
-  int64_t caption_tokens = 8;
+  int64_t caption_tokens = 0;
   int64_t caption_layers = 0;
 
   // The forward process.
@@ -54,7 +55,8 @@ struct TrainOptions {
       false);
     f("unet", o.unet, "Preset (toy16, small32) or a diffusers U-Net config.json", false);
     f("resolution", o.resolution, "Side of the pictures; 0: sample_size of the U-Net", false);
-    f("caption_tokens", o.caption_tokens, "Length that captions are cut or padded to", false);
+    f("caption_tokens", o.caption_tokens,
+      "Words of a caption that are read; 0: of the longest caption, at most 77", false);
     f("caption_layers", o.caption_layers, "Transformer blocks of the caption encoder", false);
     f("prediction_type", o.prediction_type,
       "What the U-Net predicts: epsilon, v_prediction, sample", false);
@@ -90,6 +92,12 @@ struct TrainOptions {
     f("sample_steps", o.sample_steps, "Steps between sample pictures; 0: none", true);
   }
 };
+
+// The options of a continued run: those of `stored`, replaced by those fields of `given` that are
+// named in `chosen`. Errors: ValueError naming a chosen field that differs from the run's and may
+// not.
+TrainOptions MergeForResume(const TrainOptions& stored, const TrainOptions& given,
+                            const std::set<std::string>& chosen);
 
 // Errors: ValueError naming the field, its value and what is allowed.
 void Validate(const TrainOptions& options);

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "core/parallel.h"
 #include "io/atomic_file.h"
@@ -14,7 +15,7 @@
 #include "io/image.h"
 #include "io/png.h"
 #include "optim/parameter_values.h"
-#include "pipelines/training_graph.h"
+#include "pipelines/model_graphs.h"
 #include "pipelines/training_setup.h"
 
 namespace calotype {
@@ -83,18 +84,6 @@ std::vector<Tensor> InputsOf(const Batch& batch) {
   return {batch.images, batch.noise, batch.timesteps, batch.tokens};
 }
 
-// Declares the inputs of InputsOf and the loss.
-Value ExportLoss(ComputationGraph& graph, DiffusionModel& model, const NoiseSchedule& schedule,
-                 const Batch& batch) {
-  Value images = graph.Input("images", batch.images.type()),
-        noise = graph.Input("noise", batch.noise.type());
-  Value timesteps = graph.Input("timesteps", batch.timesteps.type()),
-        tokens = graph.Input("tokens", batch.tokens.type());
-  return DenoisingLoss(schedule, images, noise, timesteps, [&](Value noisy) {
-    return model.Denoise(noisy, timesteps, model.Encode(tokens));
-  });
-}
-
 }  // namespace
 
 Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions& options,
@@ -108,7 +97,8 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
       schedule_(model.scheduler()),
       batches_(data, CaptionTokens(model, data), BatchOptions(options)),
       rate_(RateOf(options)) {
-  model_.SetTrainingMode(true);
+  Check(data.side() == model.side(), "training: the pictures have {} pixels a side, the model {}",
+        data.side(), model.side());
   optimizer_ = std::make_unique<Optimizer>(RuleOf(options_), model_.NamedParameters(),
                                            options_.max_grad_norm);
   if (options_.ema_decay > 0)
@@ -136,6 +126,11 @@ void Trainer::Message(const std::string& text) const {
 }
 
 void Trainer::Resume() {
+  fs::path path = folder_ / "train.json";
+  std::set<std::string> all;
+  TrainOptions::Visit(options_,
+                      [&](const char* name, const auto&, const char*, bool) { all.insert(name); });
+  MergeForResume(ParseTrainOptions(ReadFile(path), path), options_, all);
   auto checkpoint = ReadLatestCheckpoint(folder_ / "checkpoints",
                                          [&](const std::string& text) { Message(text); });
   Check<FileError>(checkpoint.has_value(), "{}: no checkpoint to resume from",
@@ -199,10 +194,9 @@ void Trainer::OpenMetrics() {
 Trainer::StepResult Trainer::Step() {
   Batch batch = batches_.Next();
   if (!runner_) {
-    model_.SetTrainingMode(true);
-    ComputationGraph graph;
-    ExportTrainingStep(ExportLoss(graph, model_, schedule_, batch), *optimizer_, ema_.get());
-    runner_ = std::make_unique<GraphRunner>(std::move(graph), backend_);
+    runner_ = std::make_unique<GraphRunner>(
+        TrainingStepGraph(model_, schedule_, options_.train_batch_size, *optimizer_, ema_.get()),
+        backend_);
     compile_seconds_ += runner_->compile_seconds();
   }
   double rate = rate_.At(step_);
@@ -294,10 +288,7 @@ double Trainer::ValidationLoss() {
     int64_t size = batch.images.shape()[0];
     auto& runner = validation_[size];
     if (!runner) {
-      model_.SetTrainingMode(false);
-      ComputationGraph graph;
-      graph.Output("loss", ExportLoss(graph, model_, schedule_, batch));
-      runner = std::make_unique<GraphRunner>(std::move(graph), backend_);
+      runner = std::make_unique<GraphRunner>(LossGraph(model_, schedule_, size), backend_);
       compile_seconds_ += runner->compile_seconds();
     }
     sum += runner->Run(InputsOf(batch))[0].Item() * static_cast<double>(size);

@@ -1,0 +1,49 @@
+// calotype demo: the whole way from a data set to pictures, with figures.
+#include <fmt/format.h>
+
+#include <memory>
+
+#include "app/commands.h"
+#include "app/progress.h"
+#include "pipelines/demo.h"
+
+namespace calotype::app {
+
+void AddDemo(CLI::App& app, Selected& selected) {
+  CLI::App* command = app.add_subcommand(
+      "demo", "Train, compile and sample a small text-to-image model, with figures");
+  command->footer("Example: calotype demo --out demo --seed 1");
+  auto options = std::make_shared<DemoOptions>();
+  command
+      ->add_option("-o,--out,--output,--output-dir", options->folder,
+                   "Folder for the model, pictures and summary.json")
+      ->capture_default_str();
+  command->add_option("--optimizer", options->optimizer, "adamw, or sgd with plain settings")
+      ->capture_default_str();
+  command
+      ->add_option("--backend", options->backend,
+                   "Of training: eager, or jit; pictures are drawn by compiled code")
+      ->capture_default_str();
+  command->add_option("-s,--seed", options->seed, "Seed of everything random")
+      ->capture_default_str();
+  command
+      ->add_option("--steps,--max-train-steps", options->steps,
+                   "Training steps; 0: 1000, with sgd 400")
+      ->capture_default_str();
+  command->callback([options, &selected] {
+    selected.run = [options, &selected] {
+      DemoCallbacks callbacks;
+      {
+        TrainingView view("train", selected.quiet);
+        SamplingView sampling("draw", selected.quiet);
+        callbacks.training = view.Callbacks();
+        callbacks.sampling = sampling.Callbacks();
+        DemoSummary summary = RunDemo(*options, callbacks);
+        fmt::print("{}", summary.ToJson());
+      }
+      fmt::print(stderr, "pictures and summary.json are in {}\n", options->folder.string());
+    };
+  });
+}
+
+}  // namespace calotype::app

@@ -1,0 +1,93 @@
+// calotype info: what a file or folder holds, and what this program can do.
+#include <fmt/format.h>
+
+#include <memory>
+
+#include "app/commands.h"
+#include "core/isa.h"
+#include "core/parallel.h"
+#include "io/checkpoint.h"
+#include "io/png.h"
+#include "io/safetensors.h"
+#include "models/presets.h"
+#include "pipelines/diffusion_model.h"
+#include "pipelines/op_table.h"
+
+namespace calotype::app {
+namespace {
+
+namespace fs = std::filesystem;
+
+void PrintPicture(const fs::path& path) {
+  std::vector<PngText> texts;
+  Image image = ReadPng(path, &texts);
+  fmt::print("{}: picture, {} x {}\n", path.string(), image.width, image.height);
+  for (const PngText& text : texts) fmt::print("{}:\n{}\n", text.keyword, text.text);
+}
+
+void PrintTensors(const fs::path& path) {
+  TensorFileHeader header = ReadSafetensorsHeader(path);
+  int64_t elements = 0;
+  for (const TensorEntry& entry : header.entries) elements += entry.shape.elements();
+  fmt::print("{}: {} tensors, {} elements\n", path.string(), header.entries.size(), elements);
+  for (const auto& [key, value] : header.metadata)
+    fmt::print("  {} = {}\n", key, value.substr(0, 200));
+  for (const TensorEntry& entry : header.entries)
+    fmt::print("  {:4} {:18} {}\n", entry.dtype, entry.shape.ToString(), entry.name);
+}
+
+void PrintModel(const fs::path& folder) {
+  auto model = DiffusionModel::Load(folder);
+  const SchedulerConfig& s = model->scheduler();
+  fmt::print("{}: text-to-image model, {} x {} pixels\n", folder.string(), model->side(),
+             model->side());
+  fmt::print("  U-Net: {} parameters, context width {}\n", model->unet().ParameterCount(),
+             model->context_width());
+  fmt::print("  caption encoder: {} parameters, {} words, reads {} of a caption\n",
+             model->encoder().ParameterCount(), model->encoder().config().vocabulary.size(),
+             model->caption_tokens());
+  fmt::print("  schedule: {}, {} timesteps, predicts {}\n", s.beta_schedule, s.num_train_timesteps,
+             s.prediction_type);
+  for (int64_t step : ListCheckpoints(folder / "checkpoints"))
+    fmt::print("  checkpoint of step {}\n", step);
+}
+
+void PrintProgram() {
+  constexpr const char* kLevels[] = {"x86-64-v2", "x86-64-v3", "x86-64-v4"};
+  fmt::print("calotype {}\ninstruction set: {}\nthreads: {}\nU-Net presets: {}\n", CALOTYPE_VERSION,
+             kLevels[static_cast<int>(HostIsa())], Threads(), fmt::join(UNetPresetNames(), ", "));
+}
+
+}  // namespace
+
+void AddInfo(CLI::App& app, Selected& selected) {
+  CLI::App* info = app.add_subcommand(
+      "info", "Say what a model, safetensors file or picture holds, or what this program can do");
+  info->footer(
+      "Examples:\n  calotype info run\n  calotype info x.png\n  calotype info "
+      "run/unet/diffusion_pytorch_model.safetensors");
+  struct Command {
+    fs::path path;
+    bool ops = false;
+  };
+  auto command = std::make_shared<Command>();
+  info->add_option("path", command->path, "Model folder, .safetensors or .png");
+  info->add_flag("--ops", command->ops, "Print the table of operations (docs/ops.md)");
+  info->callback([command, &selected] {
+    selected.run = [command] {
+      if (command->ops) {
+        fmt::print("{}", OpTable());
+      } else if (command->path.empty()) {
+        PrintProgram();
+      } else if (command->path.extension() == ".png") {
+        PrintPicture(command->path);
+      } else if (command->path.extension() == ".safetensors") {
+        PrintTensors(command->path);
+      } else {
+        PrintModel(command->path);
+      }
+    };
+  });
+}
+
+}  // namespace calotype::app

@@ -1,0 +1,100 @@
+// calotype train: a run on a folder of captioned pictures, or its continuation.
+#include <fmt/format.h>
+
+#include <map>
+#include <memory>
+#include <set>
+
+#include "app/commands.h"
+#include "app/progress.h"
+#include "io/file.h"
+#include "pipelines/trainer.h"
+#include "pipelines/training_setup.h"
+
+namespace calotype::app {
+namespace {
+
+// Other spellings of the options, as people know them from other trainers.
+const std::map<std::string, std::string> kAliases = {
+    {"data", ",--train-data-dir"},
+    {"unet", ",--preset,--unet-config"},
+    {"resolution", ",--size"},
+    {"train_batch_size", ",--batch-size"},
+    {"max_train_steps", ",--steps"},
+    {"optimizer", ",--optimizer-type"},
+    {"learning_rate", ",--lr"},
+    {"weight_decay", ",--adam-weight-decay"},
+    {"validation_fraction", ",--holdout"},
+    {"checkpointing_steps", ",--save-every-n-steps"},
+    {"sample_steps", ",--sample-every-n-steps"},
+    {"seed", ",-s"},
+};
+
+struct Command {
+  TrainOptions options;
+  std::filesystem::path folder;
+  bool resume = false;
+  std::map<std::string, CLI::Option*> given;
+};
+
+void Run(Command& command, bool quiet) {
+  TrainingView view("train", quiet);
+  TrainCallbacks callbacks = view.Callbacks();
+  TrainOptions options = command.options;
+  if (command.resume) {
+    std::set<std::string> chosen;
+    for (const auto& [name, option] : command.given) {
+      if (option->count() > 0) chosen.insert(name);
+    }
+    std::filesystem::path stored = command.folder / "train.json";
+    options = MergeForResume(ParseTrainOptions(ReadFile(stored), stored), options, chosen);
+  }
+  auto warn = [&](const std::string& text) { callbacks.message("warning: " + text); };
+  auto data = OpenDataset(options, warn);
+  auto model = MakeModel(options, *data);
+  callbacks.message(fmt::format("{} captions, {} parameters, {} steps of {}", data->size(),
+                                model->ParameterCount(), options.max_train_steps,
+                                options.train_batch_size));
+  TrainResult result =
+      Trainer(*model, *data, options, command.folder, command.resume, callbacks).Run();
+  std::string validation = result.validation_loss
+                               ? fmt::format(", validation loss {:.4f}", *result.validation_loss)
+                               : "";
+  callbacks.message(
+      fmt::format("{} steps in {}, loss {:.4f}{}; try: calotype sample --model {} --prompt \"{}\"",
+                  result.steps, FormatDuration(result.seconds), result.final_loss, validation,
+                  command.folder.string(), data->caption(0)));
+}
+
+}  // namespace
+
+void AddTrain(CLI::App& app, Selected& selected) {
+  CLI::App* train =
+      app.add_subcommand("train", "Train a text-to-image model on captioned pictures");
+  train->footer(
+      "Examples:\n"
+      "  calotype train --data emoji --unet small32 --out run --batch-size 32 --steps 3000\n"
+      "  calotype train --out run --resume\n"
+      "DATA is `shapes` or a folder of PNG pictures with metadata.jsonl, a line a picture:\n"
+      "  {\"file_name\": \"a.png\", \"text\": \"its caption\"}");
+  auto command = std::make_shared<Command>();
+  train
+      ->add_option("-o,--out,--output,--output-dir", command->folder,
+                   "Run folder: model, checkpoints, metrics.jsonl, samples")
+      ->required();
+  train->add_flag("--resume,--resume-from-checkpoint", command->resume,
+                  "Continue the run in the folder from its newest checkpoint");
+  TrainOptions::Visit(command->options, [&](const char* name, auto& field, const char* help, bool) {
+    std::string flag = "--" + std::string(name);
+    std::replace(flag.begin(), flag.end(), '_', '-');
+    auto alias = kAliases.find(name);
+    command->given[name] =
+        train->add_option(flag + (alias == kAliases.end() ? "" : alias->second), field, help)
+            ->capture_default_str();
+  });
+  train->callback([command, &selected] {
+    selected.run = [command, &selected] { Run(*command, selected.quiet); };
+  });
+}
+
+}  // namespace calotype::app

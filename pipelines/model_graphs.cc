@@ -1,0 +1,60 @@
+#include "pipelines/model_graphs.h"
+
+#include "pipelines/training_graph.h"
+
+namespace calotype {
+namespace {
+
+TensorType Tokens(const DiffusionModel& model, int64_t batch) {
+  return {DType::kI64, {batch, model.caption_tokens()}};
+}
+
+// Declares the inputs of LossGraph and returns the loss.
+Value ExportLoss(ComputationGraph& graph, DiffusionModel& model, const NoiseSchedule& schedule,
+                 int64_t batch) {
+  Shape pictures{batch, model.channels(), model.side(), model.side()};
+  Value images = graph.Input("images", pictures), noise = graph.Input("noise", pictures);
+  Value timesteps = graph.Input("timesteps", {DType::kI64, {batch}});
+  Value tokens = graph.Input("tokens", Tokens(model, batch));
+  return DenoisingLoss(schedule, images, noise, timesteps, [&](Value noisy) {
+    return model.Denoise(noisy, timesteps, model.Encode(tokens));
+  });
+}
+
+}  // namespace
+
+ComputationGraph EncoderGraph(DiffusionModel& model, int64_t batch) {
+  model.SetTrainingMode(false);
+  ComputationGraph graph;
+  graph.Output("context", model.Encode(graph.Input("tokens", Tokens(model, batch))));
+  return graph;
+}
+
+ComputationGraph UNetGraph(DiffusionModel& model, int64_t batch, int64_t side) {
+  model.SetTrainingMode(false);
+  if (side == 0) side = model.side();
+  ComputationGraph graph;
+  Value sample = graph.Input("sample", Shape{batch, model.channels(), side, side});
+  Value timestep = graph.Input("timestep", {DType::kI64, {batch}});
+  Value context = graph.Input("encoder_hidden_states",
+                              Shape{batch, model.caption_tokens(), model.context_width()});
+  graph.Output("out", model.Denoise(sample, timestep, context));
+  return graph;
+}
+
+ComputationGraph LossGraph(DiffusionModel& model, const NoiseSchedule& schedule, int64_t batch) {
+  model.SetTrainingMode(false);
+  ComputationGraph graph;
+  graph.Output("loss", ExportLoss(graph, model, schedule, batch));
+  return graph;
+}
+
+ComputationGraph TrainingStepGraph(DiffusionModel& model, const NoiseSchedule& schedule,
+                                   int64_t batch, const Optimizer& optimizer, const Ema* ema) {
+  model.SetTrainingMode(true);
+  ComputationGraph graph;
+  ExportTrainingStep(ExportLoss(graph, model, schedule, batch), optimizer, ema);
+  return graph;
+}
+
+}  // namespace calotype

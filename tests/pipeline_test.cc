@@ -1,0 +1,498 @@
+// Training and sampling: batches, runs that stop and continue, model folders, pictures from
+// prompts.
+#include "pipelines/batch_source.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "core/parallel.h"
+#include "io/checkpoint.h"
+#include "io/safetensors.h"
+#include "io/shapes.h"
+#include "pipelines/text_to_image.h"
+#include "pipelines/trainer.h"
+#include "pipelines/training_setup.h"
+#include "pipelines/unet_folder.h"
+#include "tests/run_program.h"
+#include "tests/tiny_unet.h"
+
+namespace calotype {
+namespace {
+
+namespace fs = std::filesystem;
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+using testing::TemporaryFolder;
+
+bool SameBits(const Tensor& a, const Tensor& b) {
+  return a.type() == b.type() && std::memcmp(a.raw(), b.raw(), static_cast<size_t>(a.bytes())) == 0;
+}
+
+double LargestDifference(const Tensor& a, const Tensor& b) {
+  double largest = 0;
+  for (int64_t i = 0; i < a.elements(); ++i)
+    largest = std::max<double>(largest, std::abs(a.data()[i] - b.data()[i]));
+  return largest;
+}
+
+template <class E, class F>
+std::string ErrorOf(F&& f) {
+  try {
+    f();
+  } catch (const E& e) {
+    return e.what();
+  }
+  ADD_FAILURE() << "no error, or one of another type";
+  return "";
+}
+
+// --- Batches.
+
+Tensor NumberedTokens(const Dataset& data) {
+  Tensor tokens({data.size() + 1, 1}, DType::kI64);
+  for (int64_t i = 0; i <= data.size(); ++i) tokens.data<int64_t>()[i] = i;
+  return tokens;
+}
+
+TEST(BatchSourceTest, EveryCaptionComesOnceARound) {
+  ShapesDataset data;
+  BatchSource source(data, NumberedTokens(data), {.batch_size = 24, .seed = 3});
+  std::vector<int64_t> first, second;
+  for (int i = 0; i < 8; ++i) {
+    Batch batch = source.Next();
+    for (int64_t token : batch.tokens.values<int64_t>()) (i < 4 ? first : second).push_back(token);
+  }
+  EXPECT_EQ(std::set<int64_t>(first.begin(), first.end()).size(), 96u);
+  EXPECT_EQ(std::set<int64_t>(second.begin(), second.end()).size(), 96u);
+  EXPECT_NE(first, second);
+}
+
+TEST(BatchSourceTest, HeldOutCaptionsAreNeverTrainedOn) {
+  ShapesDataset data;
+  BatchSource source(data, NumberedTokens(data),
+                     {.batch_size = 50, .validation_fraction = 0.1, .seed = 3});
+  EXPECT_EQ(source.validation_captions(), 10);
+  std::set<int64_t> trained, held_out;
+  for (int i = 0; i < 10; ++i) {
+    Batch batch = source.Next();
+    for (int64_t token : batch.tokens.values<int64_t>()) trained.insert(token);
+  }
+  std::vector<int64_t> timesteps;
+  for (const Batch& batch : source.ValidationBatches()) {
+    for (int64_t token : batch.tokens.values<int64_t>()) held_out.insert(token);
+    for (int64_t t : batch.timesteps.values<int64_t>()) timesteps.push_back(t);
+  }
+  EXPECT_EQ(trained.size(), 86u);
+  EXPECT_EQ(held_out.size(), 10u);
+  for (int64_t caption : held_out) EXPECT_EQ(trained.count(caption), 0u);
+  // Ten timesteps a caption, one in each tenth of the range.
+  std::vector<int> tenths(10);
+  for (int64_t t : timesteps) ++tenths[static_cast<size_t>(t / 100)];
+  EXPECT_EQ(tenths, std::vector<int>(10, 10));
+}
+
+TEST(BatchSourceTest, ContinuesFromItsState) {
+  ShapesDataset data;
+  BatchSource::Options options{.batch_size = 7, .caption_dropout = 0.5, .seed = 9};
+  BatchSource whole(data, NumberedTokens(data), options), rest(data, NumberedTokens(data), options);
+  for (int i = 0; i < 20; ++i) whole.Next();
+  rest.SetState(whole.State());
+  for (int i = 0; i < 3; ++i) {
+    Batch a = whole.Next(), b = rest.Next();
+    EXPECT_TRUE(SameBits(a.images, b.images) && SameBits(a.noise, b.noise) &&
+                SameBits(a.timesteps, b.timesteps) && SameBits(a.tokens, b.tokens));
+  }
+  std::map<std::string, uint64_t> state = whole.State();
+  state.erase("noise");
+  EXPECT_THAT(ErrorOf<FileError>([&] { rest.SetState(state); }), HasSubstr("noise"));
+}
+
+TEST(BatchSourceTest, DropsTheRequestedShareOfCaptions) {
+  ShapesDataset data;
+  BatchSource source(data, NumberedTokens(data),
+                     {.batch_size = 100, .caption_dropout = 0.1, .seed = 1});
+  int dropped = 0;
+  for (int i = 0; i < 100; ++i) {
+    Batch batch = source.Next();
+    for (int64_t token : batch.tokens.values<int64_t>()) dropped += token == 96;
+  }
+  EXPECT_NEAR(dropped, 1000, 4 * std::sqrt(10000 * 0.1 * 0.9));
+}
+
+TEST(BatchSourceTest, OptionsOutOfRangeAreErrors) {
+  ShapesDataset data;
+  EXPECT_THROW(BatchSource(data, NumberedTokens(data), {.batch_size = 0}), ValueError);
+  EXPECT_THROW(BatchSource(data, NumberedTokens(data), {.caption_dropout = 1.5}), ValueError);
+  EXPECT_THROW(BatchSource(data, NumberedTokens(data), {.validation_fraction = 1}), ValueError);
+  EXPECT_THROW(BatchSource(data, NumberedTokens(data), {.validation_fraction = 0.999}), ValueError);
+}
+
+// --- Options.
+
+TEST(TrainOptionsTest, RoundTripThroughJson) {
+  TrainOptions options;
+  options.learning_rate = 0.1 + 0.2;
+  options.data = "a \"folder\"";
+  options.seed = std::numeric_limits<uint64_t>::max();
+  EXPECT_EQ(ToJson(ParseTrainOptions(ToJson(options), "x")), ToJson(options));
+  EXPECT_THAT(ErrorOf<FileError>([] { ParseTrainOptions("{}", "run/train.json"); }),
+              HasSubstr("run/train.json"));
+  nlohmann::json more = nlohmann::json::parse(ToJson(options));
+  more["colour"] = 1;
+  EXPECT_THAT(ErrorOf<FileError>([&] { ParseTrainOptions(more.dump(), "x"); }),
+              HasSubstr("colour"));
+}
+
+TEST(TrainOptionsTest, AContinuedRunKeepsWhatDecidesIt) {
+  TrainOptions stored, given;
+  stored.learning_rate = 0.5;
+  given.checkpointing_steps = 7;
+  given.backend = "jit";
+  TrainOptions merged = MergeForResume(stored, given, {"checkpointing_steps"});
+  EXPECT_EQ(merged.learning_rate, 0.5);
+  EXPECT_EQ(merged.checkpointing_steps, 7);
+  EXPECT_EQ(merged.backend, "eager");
+  EXPECT_THAT(ErrorOf<ValueError>([&] { MergeForResume(stored, given, {"learning_rate"}); }),
+              HasSubstr("learning_rate"));
+}
+
+TEST(TrainOptionsTest, BadValuesAreNamed) {
+  auto message = [](auto change) {
+    TrainOptions options;
+    change(options);
+    return ErrorOf<ValueError>([&] { Validate(options); });
+  };
+  EXPECT_THAT(message([](TrainOptions& o) { o.optimizer = "lion"; }), HasSubstr("lion"));
+  EXPECT_THAT(message([](TrainOptions& o) { o.learning_rate = NAN; }), HasSubstr("learning_rate"));
+  EXPECT_THAT(message([](TrainOptions& o) { o.train_batch_size = 0; }),
+              HasSubstr("train_batch_size"));
+  EXPECT_THAT(message([](TrainOptions& o) { o.ema_decay = 1.1; }), HasSubstr("ema_decay"));
+}
+
+// --- Training.
+
+class TrainerTest : public ::testing::Test {
+ protected:
+  TrainerTest() {
+    SetThreads(1);  // threads would cost more than they give at this size
+    folder_.Write("unet.json", testing::kTinyUNet);
+    options_.unet = folder_ / "unet.json";
+    options_.train_batch_size = 8;
+    options_.max_train_steps = 12;
+    options_.lr_warmup_steps = 2;
+    options_.checkpointing_steps = 5;
+    options_.validation_steps = 6;
+    options_.sample_steps = 0;
+  }
+  fs::path Folder(const std::string& name) const { return folder_.path / name; }
+  TrainResult Train(const std::string& name, bool resume = false,
+                    TrainCallbacks callbacks = {}) const {
+    auto data = OpenDataset(options_, {});
+    auto model = MakeModel(options_, *data);
+    return Trainer(*model, *data, options_, Folder(name), resume, std::move(callbacks)).Run();
+  }
+  // The lines of metrics.jsonl without times.
+  std::string Metrics(const std::string& name) const {
+    std::string result;
+    std::istringstream lines(testing::ReadText(Folder(name) / "metrics.jsonl"));
+    for (std::string line; std::getline(lines, line);) {
+      auto record = nlohmann::json::parse(line);
+      record.erase("seconds");
+      result += record.dump() + "\n";
+    }
+    return result;
+  }
+  std::string Weights(const std::string& name) const {
+    return testing::ReadText(Folder(name) / "unet/diffusion_pytorch_model.safetensors") +
+           testing::ReadText(Folder(name) / "caption_encoder/model.safetensors");
+  }
+
+  TemporaryFolder folder_;
+  TrainOptions options_;
+};
+
+TEST_F(TrainerTest, TheLossFalls) {
+  options_.max_train_steps = 100;
+  options_.checkpointing_steps = options_.validation_steps = 0;
+  std::vector<double> losses;
+  TrainResult result = Train("run", false,
+                             {.progress = [&](const TrainProgress& p) { losses.push_back(p.loss); },
+                              .message = {},
+                              .cancelled = {}});
+  ASSERT_EQ(losses.size(), 100u);
+  double early = 0, late = 0;
+  for (int i = 0; i < 10; ++i)
+    early += losses[static_cast<size_t>(i)] / 10, late += losses[static_cast<size_t>(90 + i)] / 10;
+  EXPECT_LT(late, 0.85 * early);
+  EXPECT_EQ(result.steps, 100);
+  ASSERT_TRUE(result.validation_loss.has_value());
+  EXPECT_LT(*result.validation_loss, early);
+}
+
+TEST_F(TrainerTest, CompiledTrainingFollowsEagerTraining) {
+  options_.max_train_steps = 6;
+  options_.validation_fraction = 0;
+  std::vector<double> eager, jit;
+  Train("eager", false,
+        {.progress = [&](const TrainProgress& p) { eager.push_back(p.loss); },
+         .message = {},
+         .cancelled = {}});
+  options_.backend = "jit";
+  Train("jit", false,
+        {.progress = [&](const TrainProgress& p) { jit.push_back(p.loss); },
+         .message = {},
+         .cancelled = {}});
+  ASSERT_EQ(eager.size(), jit.size());
+  for (size_t i = 0; i < eager.size(); ++i)
+    EXPECT_NEAR(jit[i], eager[i], 1e-4 * eager[i]) << "step " << i + 1;
+}
+
+TEST_F(TrainerTest, ACancelledRunContinuesBitForBit) {
+  Train("whole");
+  int64_t last = 0;
+  TrainCallbacks cancel{.progress = [&](const TrainProgress& p) { last = p.step; },
+                        .message = {},
+                        .cancelled = [&] { return last == 7; }};
+  EXPECT_THAT(ErrorOf<CancelledError>([&] { Train("parts", false, cancel); }),
+              HasSubstr("step 7 of 12"));
+  Train("parts", true);
+  EXPECT_EQ(Weights("parts"), Weights("whole"));
+  EXPECT_EQ(Metrics("parts"), Metrics("whole"));
+  // From an older checkpoint too, as after a kill: the lines behind it are written again.
+  fs::remove(CheckpointPath(Folder("parts") / "checkpoints", 12));
+  fs::remove(CheckpointPath(Folder("parts") / "checkpoints", 10));
+  EXPECT_THAT(ErrorOf<FileError>([&] { Train("parts", true); }), HasSubstr("no checkpoint"));
+}
+
+TEST_F(TrainerTest, ARunThatLosesItsLastStepsContinuesBitForBit) {
+  Train("whole");
+  Train("parts");
+  fs::remove(CheckpointPath(Folder("parts") / "checkpoints", 12));  // 10 stays
+  Train("parts", true);
+  EXPECT_EQ(Weights("parts"), Weights("whole"));
+  EXPECT_EQ(Metrics("parts"), Metrics("whole"));
+}
+
+TEST_F(TrainerTest, ADamagedCheckpointFallsBackToTheOneBefore) {
+  Train("whole");
+  Train("parts");
+  fs::path newest = CheckpointPath(Folder("parts") / "checkpoints", 12);
+  std::string bytes = testing::ReadText(newest);
+  bytes[bytes.size() / 2] ^= 1;
+  std::ofstream(newest, std::ios::binary) << bytes;
+  std::string warnings;
+  Train("parts", true,
+        {.progress = {},
+         .message = [&](const std::string& text) { warnings += text + "\n"; },
+         .cancelled = {}});
+  EXPECT_THAT(warnings, HasSubstr("checkpoint-12"));
+  EXPECT_EQ(Weights("parts"), Weights("whole"));
+}
+
+TEST_F(TrainerTest, ContinuingWithOtherOptionsIsAnError) {
+  Train("run");
+  options_.learning_rate = 1;
+  EXPECT_THAT(ErrorOf<ValueError>([&] { Train("run", true); }), HasSubstr("learning_rate"));
+}
+
+TEST_F(TrainerTest, AFolderWithARunIsNotOverwritten) {
+  Train("run");
+  EXPECT_THAT(ErrorOf<ValueError>([&] { Train("run"); }), HasSubstr("--resume"));
+}
+
+TEST_F(TrainerTest, NumbersThatAreNotFiniteStopTheRunAndKeepTheCheckpoint) {
+  options_.optimizer = "sgd";
+  options_.lr_scheduler = "constant";
+  options_.lr_warmup_steps = 0;
+  options_.learning_rate = 1000;
+  options_.max_grad_norm = 0;
+  options_.max_train_steps = 100;
+  options_.checkpointing_steps = 1;
+  options_.validation_fraction = 0;
+  std::string text = ErrorOf<NumericError>([&] { Train("run"); });
+  EXPECT_THAT(text, HasSubstr("not finite"));
+  auto checkpoint = ReadLatestCheckpoint(Folder("run") / "checkpoints", {});
+  ASSERT_TRUE(checkpoint.has_value());
+  for (const auto& [name, tensor] : checkpoint->tensors) {
+    for (float v : tensor.values()) ASSERT_TRUE(std::isfinite(v)) << name;
+  }
+}
+
+// --- Models and pictures.
+
+class PipelineTest : public TrainerTest {
+ protected:
+  std::unique_ptr<DiffusionModel> Model() {
+    auto data = OpenDataset(options_, {});
+    return MakeModel(options_, *data);
+  }
+  GenerateOptions Prompts(std::vector<std::string> prompts) const {
+    GenerateOptions options;
+    for (size_t i = 0; i < prompts.size(); ++i) options.seeds.push_back(i);
+    options.prompts = std::move(prompts);
+    options.steps = 4;
+    return options;
+  }
+};
+
+TEST_F(PipelineTest, AModelFolderHoldsTheModel) {
+  auto model = Model();
+  model->Save(Folder("model"));
+  auto loaded = DiffusionModel::Load(Folder("model"));
+  auto a = model->SaveParameters(), b = loaded->SaveParameters();
+  ASSERT_EQ(a.size(), b.size());
+  for (const auto& [name, tensor] : a) EXPECT_TRUE(SameBits(tensor, b.at(name))) << name;
+  EXPECT_EQ(loaded->unet().config(), model->unet().config());
+  EXPECT_EQ(loaded->encoder().config(), model->encoder().config());
+  EXPECT_EQ(loaded->scheduler(), model->scheduler());
+  // Saving what was loaded gives the same bytes.
+  loaded->Save(Folder("again"));
+  for (const char* file : {"unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+                           "caption_encoder/config.json", "caption_encoder/model.safetensors",
+                           "scheduler/scheduler_config.json", "model_index.json"}) {
+    EXPECT_EQ(testing::ReadText(Folder("model") / file), testing::ReadText(Folder("again") / file))
+        << file;
+  }
+}
+
+TEST_F(PipelineTest, DamagedModelFoldersAreFileErrors) {
+  auto model = Model();
+  model->Save(Folder("model"));
+  auto load = [&] { DiffusionModel::Load(Folder("model")); };
+  auto restore = [&] { model->Save(Folder("model")); };
+  fs::path weights = Folder("model") / "unet/diffusion_pytorch_model.safetensors";
+
+  fs::resize_file(weights, fs::file_size(weights) - 1);
+  EXPECT_THAT(ErrorOf<FileError>(load), HasSubstr("diffusion_pytorch_model.safetensors"));
+  fs::remove(weights);
+  EXPECT_THAT(ErrorOf<FileError>(load), HasSubstr("diffusion_pytorch_model.safetensors"));
+  restore();
+
+  TensorFile file = ReadSafetensors(weights);
+  file.tensors["conv_in.weight"] = Tensor::Zeros({2, 2});
+  file.tensors.erase("conv_out.bias");
+  file.tensors["conv_extra.bias"] = Tensor::Zeros({2});
+  WriteSafetensors(weights, file);
+  std::string text = ErrorOf<FileError>(load);
+  EXPECT_THAT(text, HasSubstr("conv_in.weight"));
+  EXPECT_THAT(text, HasSubstr("conv_out.bias"));
+  EXPECT_THAT(text, HasSubstr("conv_extra.bias"));
+  restore();
+
+  auto config = nlohmann::json::parse(testing::ReadText(Folder("model") / "unet/config.json"));
+  config["colour"] = "red";
+  std::ofstream(Folder("model") / "unet/config.json") << config.dump();
+  EXPECT_THAT(ErrorOf<ValueError>(load), HasSubstr("colour"));
+  restore();
+
+  std::ofstream(Folder("model") / "model_index.json") << "{}";
+  EXPECT_THAT(ErrorOf<FileError>(load), HasSubstr("model_index.json"));
+}
+
+TEST_F(PipelineTest, APictureDependsOnItsPromptAndSeedOnly) {
+  auto model = Model();
+  TextToImagePipeline pipeline(*model, Backend::kEager);
+  GenerateOptions options = Prompts(
+      {"a small red circle on a black background", "a large blue cross on a gray background"});
+  Tensor both = pipeline.Generate(options), again = pipeline.Generate(options);
+  EXPECT_TRUE(SameBits(both, again));
+  options.batch_size = 1;
+  Tensor apart = pipeline.Generate(options);
+  EXPECT_LT(LargestDifference(both, apart), 1e-4);
+  options.seeds = {5, 5};
+  EXPECT_GT(LargestDifference(both, pipeline.Generate(options)), 0.1);
+}
+
+TEST_F(PipelineTest, CompiledPicturesAreTheEagerOnes) {
+  auto model = Model();
+  GenerateOptions options = Prompts({"a small red circle on a black background"});
+  options.guidance_scale = 2;
+  options.negative_prompt = "white";
+  TextToImagePipeline eager(*model, Backend::kEager), jit(*model, Backend::kJit);
+  EXPECT_LT(LargestDifference(eager.Generate(options), jit.Generate(options)), 1e-4);
+  // Compiled code sees changed weights.
+  for (const ParameterPtr& parameter : model->NamedParameters()) {
+    for (float& v : parameter->Write().values()) v *= 1.1f;
+  }
+  EXPECT_LT(LargestDifference(eager.Generate(options), jit.Generate(options)), 1e-4);
+}
+
+TEST_F(PipelineTest, GuidanceAndStepsChangeThePicture) {
+  auto model = Model();
+  TextToImagePipeline pipeline(*model, Backend::kEager);
+  GenerateOptions options = Prompts({"a small red circle on a black background"});
+  Tensor plain = pipeline.Generate(options);
+  options.guidance_scale = 5;
+  Tensor guided = pipeline.Generate(options);
+  options.negative_prompt = "a large blue cross";
+  Tensor negative = pipeline.Generate(options);
+  options.sampler = "ddpm";
+  Tensor ancestral = pipeline.Generate(options);
+  options.side = 8;
+  Tensor small = pipeline.Generate(options);
+  EXPECT_GT(LargestDifference(plain, guided), 1e-3);
+  EXPECT_GT(LargestDifference(guided, negative), 1e-3);
+  EXPECT_GT(LargestDifference(negative, ancestral), 1e-3);
+  EXPECT_EQ(small.shape(), (Shape{1, 3, 8, 8}));
+}
+
+TEST_F(PipelineTest, UnknownWordsAreNamed) {
+  auto model = Model();
+  TextToImagePipeline pipeline(*model, Backend::kEager);
+  std::vector<std::string> warnings;
+  GenerateCallbacks callbacks;
+  callbacks.warn = [&](const std::string& text) { warnings.push_back(text); };
+  pipeline.Generate(Prompts({"a small mauve circle on a black zebra"}), callbacks);
+  ASSERT_EQ(warnings.size(), 2u);
+  EXPECT_THAT(warnings[0], HasSubstr("\"mauve\""));
+  EXPECT_THAT(warnings[1], HasSubstr("\"zebra\""));
+  EXPECT_THAT(ErrorOf<ValueError>([&] { pipeline.Generate(Prompts({"mauve zebra"})); }),
+              HasSubstr("mauve, zebra"));
+  warnings.clear();
+  pipeline.Generate(Prompts({"a small red circle on a black background background"}), callbacks);
+  ASSERT_EQ(warnings.size(), 1u);
+  EXPECT_THAT(warnings[0], HasSubstr("behind the 8 words"));
+}
+
+TEST_F(PipelineTest, BadOptionsAndCancelling) {
+  auto model = Model();
+  TextToImagePipeline pipeline(*model, Backend::kEager);
+  auto generate = [&](auto change) {
+    GenerateOptions options = Prompts({"red"});
+    change(options);
+    return ErrorOf<ValueError>([&] { pipeline.Generate(options); });
+  };
+  EXPECT_THAT(generate([](GenerateOptions& o) { o.steps = 0; }), HasSubstr("0"));
+  EXPECT_THAT(generate([](GenerateOptions& o) { o.sampler = "euler"; }), HasSubstr("euler"));
+  EXPECT_THAT(generate([](GenerateOptions& o) { o.eta = 2; }), HasSubstr("eta"));
+  EXPECT_THAT(generate([](GenerateOptions& o) { o.negative_prompt = "blue"; }),
+              HasSubstr("guidance_scale"));
+  EXPECT_THAT(generate([](GenerateOptions& o) { o.seeds.clear(); }), HasSubstr("seeds"));
+  EXPECT_THAT(generate([](GenerateOptions& o) { o.guidance_rescale = 2, o.guidance_scale = 2; }),
+              HasSubstr("rescale"));
+  int calls = 0;
+  GenerateCallbacks callbacks;
+  callbacks.cancelled = [&] { return ++calls > 2; };
+  EXPECT_THROW(pipeline.Generate(Prompts({"red"}), callbacks), CancelledError);
+}
+
+TEST(GenerationParametersTest, AreWhatOtherProgramsWrite) {
+  GenerateOptions options;
+  options.prompts = {"a, b"};
+  options.seeds = {7};
+  options.guidance_scale = 3.5;
+  options.negative_prompt = "c";
+  EXPECT_THAT(GenerationParameters(options, 0, 16),
+              StartsWith("a, b\nNegative prompt: c\nSteps: 25, Sampler: DDIM, CFG scale: 3.5, "
+                         "Seed: 7, Size: 16x16, Version: calotype"));
+}
+
+}  // namespace
+}  // namespace calotype
