@@ -435,6 +435,54 @@ TEST(UpsampleTest, ResizesToAnySize) {
   }
 }
 
+TEST(AttentionTest, Masks) {
+  Random random(1);
+  Tensor x = random.NormalTensor({2, 5, 6}), context = random.NormalTensor({2, 4, 7});
+  auto run = [&](const char* processor, const Tensor& e, const Tensor& mask) {
+    Attention layer({.query_dim = 6,
+                     .cross_attention_dim = 7,
+                     .heads = 3,
+                     .dim_head = 2,
+                     .processor = processor});
+    return layer.Forward({x, e, mask});
+  };
+  for (const char* processor : {"AttnProcessor", "AttnProcessor2_0"}) {
+    SCOPED_TRACE(processor);
+    Tensor plain = run(processor, context, Tensor());
+    EXPECT_EQ(RelativeError(run(processor, context, Tensor::Zeros({2, 1, 4})), plain), 0);
+    // Dropping the last two tokens by a mask is leaving them out.
+    Tensor mask = Tensor::Zeros({2, 1, 4}), shorter({2, 2, 7});
+    for (int64_t b = 0; b < 2; ++b) {
+      mask.data()[b * 4 + 2] = mask.data()[b * 4 + 3] = -10000;
+      std::copy_n(std::as_const(context).data() + b * 28, 14, shorter.data() + b * 14);
+    }
+    Tensor masked = run(processor, context, mask);
+    EXPECT_LT(RelativeError(masked, run(processor, shorter, Tensor())), 1e-6);
+    EXPECT_GT(RelativeError(masked, plain), 1e-2);
+    // The same for every query, and for every head: [B, T, S] and [B * heads, 1, S].
+    Tensor by_query({2, 5, 4}), by_head({6, 1, 4});
+    for (int64_t i = 0; i < by_query.elements(); ++i) {
+      by_query.data()[i] = mask.data()[i / 20 * 4 + i % 4];
+    }
+    for (int64_t i = 0; i < by_head.elements(); ++i) {
+      by_head.data()[i] = mask.data()[i / 12 * 4 + i % 4];
+    }
+    EXPECT_LT(RelativeError(run(processor, context, by_query), masked), 1e-6);
+    EXPECT_LT(RelativeError(run(processor, context, by_head), masked), 1e-6);
+    // Rows b * heads + h: a mask of one head of one sample changes that sample only.
+    by_head = Tensor::Zeros({6, 1, 4});
+    for (int64_t j = 1; j < 4; ++j) by_head.data()[4 * 4 + j] = -10000;
+    Tensor one = run(processor, context, by_head);
+    for (int64_t i = 0; i < 30; ++i) EXPECT_EQ(one.data()[i], plain.data()[i]);
+    EXPECT_GT(RelativeError(one, plain), 1e-3);
+
+    for (const Shape& wrong : {Shape{2, 4}, Shape{2, 1, 3}, Shape{3, 1, 4}, Shape{2, 2, 4}}) {
+      EXPECT_THAT(MessageOf<ShapeError>([&] { run(processor, context, Tensor::Zeros(wrong)); }),
+                  HasSubstr("attention_mask " + wrong.ToString()));
+    }
+  }
+}
+
 TEST(LayerErrorTest, OptionsAreChecked) {
   EXPECT_THAT(MessageOf<ValueError>([] { nn::Activation layer("sine"); }), HasSubstr("quick_gelu"));
   EXPECT_THAT(MessageOf<ValueError>([] { Linear layer({0, 3}); }), HasSubstr("in_features 0"));
