@@ -35,6 +35,7 @@ namespace calotype::jit {
 namespace orc = llvm::orc;
 
 struct CompiledKernels::Impl {
+  std::string problems;  // what the linker reports beside its error values; outlives it
   std::unique_ptr<orc::LLJIT> jit;
 };
 
@@ -200,6 +201,9 @@ CompiledKernels CompileKernels(std::span<const NamedSpec> specs, const Target& t
   result.impl_ = std::make_unique<CompiledKernels::Impl>();
   result.impl_->jit = CreateJit(target);
   orc::LLJIT& jit = *result.impl_->jit;
+  jit.getExecutionSession().setErrorReporter([impl = result.impl_.get()](llvm::Error error) {
+    impl->problems += llvm::toString(std::move(error));
+  });
   for (size_t i = 0; i < count; ++i) {
     result.code_bytes_ += static_cast<int64_t>(objects[i].size());
     CheckSuccess(jit.addObjectFile(std::make_unique<llvm::SmallVectorMemoryBuffer>(
@@ -208,8 +212,12 @@ CompiledKernels CompileKernels(std::span<const NamedSpec> specs, const Target& t
   }
   std::vector<KernelFunction> functions(count);
   for (size_t i = 0; i < count; ++i) {
-    orc::ExecutorAddr address = CheckSuccess(jit.lookup(symbols[i]), "link a kernel");
-    functions[i] = address.toPtr<KernelFunction>();
+    llvm::Expected<orc::ExecutorAddr> address = jit.lookup(symbols[i]);
+    if (!address) {
+      Fail<InternalError>("LLVM failed to link a kernel: {}; {}",
+                          llvm::toString(address.takeError()), result.impl_->problems);
+    }
+    functions[i] = address->toPtr<KernelFunction>();
   }
   for (size_t i = 0; i < specs.size(); ++i) result.functions_.push_back(functions[unique_of[i]]);
   result.compiled_ = static_cast<int64_t>(count);
