@@ -158,7 +158,20 @@ struct KeyHash {
   }
 };
 
-// Runs `plan` for `key`, made by `make` when it is not cached. The cache starts again when it is
+std::string Describe(const Key& k) {
+  if (k[0] == kMatMul) {
+    return fmt::format("matmul: batch {}, m {}, n {}, k {}, strides of a {} {} {}, of b {} {} {}",
+                       k[2], k[3], k[4], k[5], k[6], k[7], k[8], k[9], k[10], k[11]);
+  }
+  const char* names[] = {"forward", "input gradient", "weight gradient"};
+  return fmt::format(
+      "conv2d {}: batch {}, {} -> {} channels, {} x {}, kernel {} x {}, stride {}, padding {} {} "
+      "{} {}",
+      names[k[0] - kForward], k[3], k[4], k[7], k[5], k[6], k[8], k[9], k[10], k[11], k[12], k[13],
+      k[14]);
+}
+
+// Runs the plan for `key`, made by `make` when it is not cached. The cache starts again when it is
 // full: a program with more live shapes than that is dominated by other costs.
 template <class Make>
 void RunPlan(const Key& key, Make make, std::initializer_list<const void*> pointers) {
@@ -179,10 +192,9 @@ void RunPlan(const Key& key, Make make, std::initializer_list<const void*> point
     }
     plan->Run(pointers);
   } catch (const dnnl::error& error) {
-    std::string shape = fmt::format("{}", fmt::join(key, " "));
-    Check<OutOfMemoryError>(error.status != dnnl_out_of_memory,
-                            "contraction [{}]: oneDNN ran out of memory", shape);
-    Fail<InternalError>("contraction [{}]: oneDNN refused it: {}", shape, error.what());
+    Check<OutOfMemoryError>(error.status != dnnl_out_of_memory, "{}: oneDNN ran out of memory",
+                            Describe(key));
+    Fail<InternalError>("{}: oneDNN refused it: {}", Describe(key), error.what());
   }
 }
 
