@@ -91,6 +91,7 @@ class Emitter {
   Values Program(const ScalarProgram& program, std::span<Value* const> inputs, int width);
   Value* Floor(Value* x);
   Value* Round(Value* x);
+  Value* IsNan(Value* x);
   Value* Maximum(Value* x, Value* y);  // Primitive::kMax
   // The lanes combined in a fixed tree: lane i with lane i + width / 2, and so on.
   Value* Horizontal(Value* x, int width, llvm::function_ref<Value*(Value*, Value*)> combine);

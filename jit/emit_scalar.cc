@@ -39,9 +39,22 @@ Value* Emitter::Floor(Value* x) {
   return b.CreateBinaryIntrinsic(llvm::Intrinsic::copysign, lower, x);
 }
 
+// By bits: LLVM 19 joins a floating-point NaN test with the comparison of |x| with 0 and loses the
+// absolute value, so that max(|x|, 0) became x > 0 ? |x| : 0.
+Value* Emitter::IsNan(Value* x) {
+  int width =
+      x->getType()->isVectorTy()
+          ? static_cast<int>(llvm::cast<llvm::FixedVectorType>(x->getType())->getNumElements())
+          : 1;
+  llvm::Type* bits = Int(width);
+  Value* magnitude =
+      b.CreateAnd(b.CreateBitCast(x, bits), llvm::ConstantInt::get(bits, 0x7fffffff));
+  return b.CreateICmpSGT(magnitude, llvm::ConstantInt::get(bits, 0x7f800000));
+}
+
 Value* Emitter::Maximum(Value* x, Value* y) {
   Value* larger = b.CreateSelect(b.CreateFCmpOGT(x, y), x, y);
-  return b.CreateSelect(b.CreateFCmpUNO(x, x), x, larger);
+  return b.CreateSelect(IsNan(x), x, larger);
 }
 
 Emitter::Values Emitter::Program(const ScalarProgram& program, std::span<Value* const> inputs,
@@ -85,7 +98,7 @@ Emitter::Values Emitter::Program(const ScalarProgram& program, std::span<Value* 
         break;
       case Primitive::kMin: {
         Value* smaller = b.CreateSelect(b.CreateFCmpOLT(x, v[s.b]), x, v[s.b]);
-        v[i] = b.CreateSelect(b.CreateFCmpUNO(x, x), x, smaller);
+        v[i] = b.CreateSelect(IsNan(x), x, smaller);
         break;
       }
       case Primitive::kNeg:
