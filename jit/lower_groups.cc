@@ -144,6 +144,18 @@ void Groups::AbsorbIntoReductions() {
   }
 }
 
+// True if the node is the end of a contraction's epilogue: computing it elsewhere as well would
+// force the contraction to store its bare result.
+bool Groups::EndsContraction(int node) const {
+  for (ValueId input : graph_.node(node).inputs) {
+    int root = TraceOf(input).root.node;
+    if (users_[root].size() != 1 || kept_[root]) continue;
+    if (IsContraction(graph_.node(root))) return true;
+    if (IsElementwise(graph_.node(root)) && EndsContraction(root)) return true;
+  }
+  return false;
+}
+
 // Collects the elementwise nodes that feed only this reduction, or are cheap to compute again.
 void Groups::Absorb(int reduce) {
   const auto& nodes = graph_.nodes();
@@ -190,7 +202,8 @@ void Groups::Absorb(int reduce) {
     done.insert(node);
     bool sole = !kept_[node];
     for (int user : users_[node]) sole = sole && (user == reduce || taken.count(user));
-    if (refused.count(node) || !(sole || IsCheap(nodes[node]))) continue;
+    if (refused.count(node)) continue;
+    if (!sole && (!IsCheap(nodes[node]) || EndsContraction(node))) continue;
     if (node != TraceOf(nodes[reduce].inputs[0]).root.node) {
       bool read = false;  // only what the cone still reads
       for (int t : taken) {

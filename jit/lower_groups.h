@@ -50,6 +50,7 @@ class Groups {
   void FindTraces();
   void AbsorbIntoReductions();
   void Absorb(int reduce);
+  bool EndsContraction(int node) const;
   void FindUsers();
   void Merge();
   bool TryMerge(int producer, int consumer);

@@ -3,9 +3,9 @@
 // runs `count` graphs from seed N on, the last `gradients` of them with gradients.
 //
 // A graph of elementwise ops and views must give the same bits compiled and eager. For others the
-// root mean square error against float64 may be at most twice that of eager execution or of a
-// float64 run in which every node is disturbed by as much as float32 may disturb it (a running
-// error bound, by sampling), whichever is larger.
+// root mean square error against float64 may be at most twice (three times for results of fewer
+// than 1,000 elements) that of eager execution or of float64 runs in which every node is disturbed
+// by as much as float32 may disturb it (a running error bound, by sampling), whichever is larger.
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -116,6 +116,7 @@ std::vector<Tensor> Disturbed(const ComputationGraph& graph, std::span<const Ten
     } else if (node.op->kind == OpKind::kElementwise) {
       double factor = std::max(1.0, node.op->elementwise->error_eps);
       for (double& v : values[i][0].values<double>()) {
+        if (!std::isfinite(v)) continue;  // the -inf of a causal mask
         v += (2 * static_cast<double>(random.Uniform()) - 1) * kUnit * factor * std::abs(v);
       }
     }
@@ -191,15 +192,22 @@ bool RunOne(uint64_t seed, bool gradients, Totals& totals) {
   ComputationGraph parts = FullyDecomposed(g.graph);
   Random random(seed, "disturbance");
   std::vector<double> allowed(eager.size(), 0);
-  for (int trial = 0; trial < 2; ++trial) {
+  // A result of few elements says little about its error's size; more trials make up for it.
+  int64_t fewest = INT64_MAX;
+  for (const Tensor& y : eager) fewest = std::min(fewest, y.elements());
+  const int64_t trials = std::clamp<int64_t>(200 / std::max<int64_t>(1, fewest), 3, 12);
+  for (int64_t trial = 0; trial < trials; ++trial) {
     std::vector<Tensor> disturbed = Disturbed(parts, g.inputs, random);
     for (size_t o = 0; o < eager.size(); ++o) {
-      allowed[o] = std::max(allowed[o], RootMeanSquareError(disturbed[o], reference[o]));
+      double error = RootMeanSquareError(disturbed[o], reference[o]);
+      allowed[o] = std::isfinite(error) ? std::max(allowed[o], error) : 0;
     }
   }
   for (size_t o = 0; o < eager.size(); ++o) {
+    EXPECT_GT(allowed[o] + SizeOf(reference[o]).zeros, 0) << "no error bound\n" << describe();
     double own = RootMeanSquareError(compiled[o], reference[o]);
-    double bound = 2 * std::max(allowed[o], RootMeanSquareError(eager[o], reference[o])) +
+    double factor = eager[o].elements() < 1000 ? 3 : 2;
+    double bound = factor * std::max(allowed[o], RootMeanSquareError(eager[o], reference[o])) +
                    kUnit * SizeOf(reference[o]).root_mean_square + 1e-37;
     totals.worst = std::max(totals.worst, own / bound);
     EXPECT_LE(own, bound) << "output " << o << ": error " << own << ", eager has "
@@ -212,7 +220,7 @@ bool RunOne(uint64_t seed, bool gradients, Totals& totals) {
 
 TEST(RandomGraph, CompiledEagerAndFloat64Agree) {
   Totals totals;
-  int failures = 0;
+  constexpr int kMostFailures = 10;
   for (int64_t i = 0; i < g_count; ++i) {
     bool gradients = i >= g_count - g_gradients;
     bool done = false;
@@ -221,7 +229,8 @@ TEST(RandomGraph, CompiledEagerAndFloat64Agree) {
       totals.unusable += !done;
     }
     EXPECT_TRUE(done) << "seed " << g_seed + i << ": no usable graph in 20 attempts";
-    if (HasFailure() && ++failures >= 10) break;
+    auto* result = testing::UnitTest::GetInstance()->current_test_info()->result();
+    if (result->total_part_count() > kMostFailures) break;
   }
   std::printf(
       "%d graphs by bits, %d by error bound (worst error / bound %.3f), %d drawn again; "

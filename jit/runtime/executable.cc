@@ -1,5 +1,7 @@
 #include "jit/runtime/executable.h"
 
+#include <time.h>
+
 #include <algorithm>
 #include <chrono>
 #include <numeric>
@@ -34,6 +36,13 @@ void RunStep(const Step& step, void* const* pointers) {
       &call);
 }
 
+// Of the whole process.
+double CpuSeconds() {
+  timespec time;
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
 bool Overlap(const Tensor& a, const Tensor& b) {
   const auto *x = static_cast<const std::byte*>(a.raw()),
              *y = static_cast<const std::byte*>(b.raw());
@@ -62,7 +71,7 @@ struct Executable::Prepared {
 
 Executable::Executable(ExecutableData data) : data_(std::move(data)) {
   timing_ = DebugEnabled("time");
-  step_seconds_.assign(data_.steps.size(), 0);
+  step_times_.resize(data_.steps.size());
   free_.reserve(64);
   free_.push_back(NewWorkspace());
   Prepare();
@@ -73,14 +82,18 @@ Executable::~Executable() {
   std::vector<size_t> order(data_.steps.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(),
-                   [&](size_t a, size_t b) { return step_seconds_[a] > step_seconds_[b]; });
-  double runs = static_cast<double>(runs_.load());
-  double total = std::accumulate(step_seconds_.begin(), step_seconds_.end(), 0.0);
-  DebugLine(fmt::format("time: {} steps, {:.3f} ms a run, {} runs", data_.steps.size(),
-                        total / runs * 1e3, runs_.load()));
+                   [&](size_t a, size_t b) { return step_times_[a].cpu > step_times_[b].cpu; });
+  double runs = static_cast<double>(runs_.load()), wall = 0, cpu = 0;
+  for (const StepTime& time : step_times_) {
+    wall += time.wall;
+    cpu += time.cpu;
+  }
+  DebugLine(fmt::format("time: {} steps, {:.3f} ms a run, {:.3f} ms of CPU, {} runs",
+                        data_.steps.size(), wall / runs * 1e3, cpu / runs * 1e3, runs_.load()));
   for (size_t step : order) {
-    DebugLine(fmt::format("time: {:9.1f} us {:5.1f} %  step {:4} ({} chunks) {}",
-                          step_seconds_[step] / runs * 1e6, 100 * step_seconds_[step] / total, step,
+    const StepTime& time = step_times_[step];
+    DebugLine(fmt::format("time: {:9.1f} us {:9.1f} us CPU {:5.1f} %  step {:4} ({} chunks) {}",
+                          time.wall / runs * 1e6, time.cpu / runs * 1e6, 100 * time.cpu / cpu, step,
                           data_.steps[step].chunks, data_.steps[step].label));
   }
 }
@@ -217,11 +230,13 @@ void Executable::ExecuteWatched(void* const* pointers, StepChecker* checker,
                                 std::span<void* const> addresses) {
   for (size_t s = 0; s < data_.steps.size(); ++s) {
     auto start = std::chrono::steady_clock::now();
+    double cpu = CpuSeconds();
     RunStep(data_.steps[s], pointers);
     if (timing_) {
       std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
       std::lock_guard lock(time_mutex_);
-      step_seconds_[s] += seconds.count();
+      step_times_[s].wall += seconds.count();
+      step_times_[s].cpu += CpuSeconds() - cpu;
     }
     pointers += data_.steps[s].buffers.size();
     if (checker) checker->AfterStep(false, s, addresses);

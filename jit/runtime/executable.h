@@ -119,7 +119,11 @@ class Executable {
   std::atomic<int64_t> runs_ = 0, repacks_ = 0;
   bool timing_ = false;
   std::mutex time_mutex_;
-  std::vector<double> step_seconds_;  // with CALOTYPE_DEBUG=time
+  // With CALOTYPE_DEBUG=time: the sums over all runs. CPU time is that of the whole process.
+  struct StepTime {
+    double wall = 0, cpu = 0;  // seconds
+  };
+  std::vector<StepTime> step_times_;
 };
 
 }  // namespace calotype::jit
