@@ -49,6 +49,11 @@ void Atoms::Split(int atom, int64_t inner) {
   atoms_[atom].inner = inside;
 }
 
+AtomAxis Atoms::SplitLeaf(int leaf, int64_t inner) {
+  Split(leaf, inner);
+  return {atoms_[leaf].outer, atoms_[leaf].inner};
+}
+
 void Atoms::Rollback(size_t mark) {
   while (log_.size() > mark) {
     atoms_[log_.back().first] = log_.back().second;

@@ -40,6 +40,9 @@ class Atoms {
   // (leaf atom, stride) for each leaf of `atoms`; call after all Fit.
   std::vector<std::pair<int, int64_t>> Strides(const AtomAxes& atoms, const View& view) const;
 
+  // Splits a leaf into (extent / inner, inner) and returns both.
+  AtomAxis SplitLeaf(int leaf, int64_t inner);
+
   // Undo: everything since the mark is taken back.
   size_t Mark() const { return log_.size(); }
   void Rollback(size_t mark);

@@ -63,6 +63,8 @@ class Lowering {
   bool SplitReduction(const AtomAxis& kept, const AtomAxis& reduced,
                       const std::map<int, int64_t>& strides) const;
   void LowerContraction(Group& group, const std::string& label);
+  LoopOperand NewTemporary(const AtomAxis& loops, const std::string& label);
+  int64_t SumParts(const AtomAxis& m, int64_t n, const AtomAxis& k) const;
   void Evaluate(const std::vector<int>& nodes, const std::map<int, AtomAxes>& axes,
                 std::map<int, int>& numbers, ProgramBuilder& builder);
   int Argument(ValueId value, const Shape& shape, const AtomAxes& axes,

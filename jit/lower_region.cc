@@ -245,11 +245,7 @@ void Lowering::LowerReduce(Group& group, const std::string& label) {
     });
     first_kept.push_back(last);
     fill(first_kept, first_reduced);
-    int64_t elements = 1;
-    for (int64_t extent : spec.extents) elements *= extent;
-    View view = RowMajor(-1, DType::kF32, Shape(spec.extents));
-    partial.view = NewArena(view, DType::kF32, elements, label + " (partial)");
-    for (int atom : first_kept) partial.axes.push_back({atom});
+    partial = NewTemporary(first_kept, label + " (partial)");
     spec.epilogue.program = Identity();
     spec.epilogue.outputs = {MakeOperand(partial.view, StridesAlong(partial, first_kept))};
     AddReduce(spec, label + " (partial)");
@@ -292,6 +288,40 @@ bool Lowering::SplitReduction(const AtomAxis& kept, const AtomAxis& reduced,
                      [&](int atom) { return strides.at(atom) == extent; });
 }
 
+// A dense buffer over these loops, the last one fastest.
+LoopOperand Lowering::NewTemporary(const AtomAxis& loops, const std::string& label) {
+  LoopOperand place;
+  int64_t elements = 1;
+  for (size_t i = loops.size(); i-- > 0;) {
+    int64_t extent = groups_.atoms.extent(loops[i]);
+    place.view.axes.insert(place.view.axes.begin(), Simplify({{extent, elements}}));
+    place.axes.insert(place.axes.begin(), {loops[i]});
+    elements *= extent;
+  }
+  place.view = NewArena(place.view, DType::kF32, elements, label);
+  return place;
+}
+
+// Into how many parts the outermost of the summed loops is cut. A sum over all pixels of a batch
+// (the gradient of a weight) has operands beyond the cache, which every tile of the few results
+// would stream through; cut into parts that fit, the partial results are added afterwards.
+int64_t Lowering::SumParts(const AtomAxis& m, int64_t n, const AtomAxis& k) const {
+  constexpr int64_t kPartFloats = 128 * 1024, kMostPartials = 4 * 1024 * 1024, kLong = 2048;
+  const Atoms& atoms = groups_.atoms;
+  int64_t rows = 1, depth = 1;
+  for (int atom : m) rows *= atoms.extent(atom);
+  for (int atom : k) depth *= atoms.extent(atom);
+  if (depth < kLong || k.empty()) return 1;
+  int64_t width = n + std::min<int64_t>(rows, 64);  // floats that one step of the sum reads
+  int64_t wanted =
+      std::min({depth * width / kPartFloats, depth / (kLong / 4), kMostPartials / (rows * n)});
+  int64_t outermost = atoms.extent(k[0]);
+  for (int64_t parts = std::min(wanted, outermost); parts > 1; --parts) {
+    if (outermost % parts == 0) return parts;
+  }
+  return 1;
+}
+
 void Lowering::LowerContraction(Group& group, const std::string& label) {
   Atoms& atoms = groups_.atoms;
   std::vector<RegionOutput> outputs = Outputs(group);
@@ -307,18 +337,26 @@ void Lowering::LowerContraction(Group& group, const std::string& label) {
   if (n.size() > 1) m.assign(n.begin(), n.end() - 1);
   AtomAxis rows = atoms.Leaves(c.m);
   m.insert(m.end(), rows.begin(), rows.end());
+  const int64_t columns = n.empty() ? 1 : atoms.extent(n.back());
+  AtomAxis mn = m;  // the space of the epilogue
+  if (!n.empty()) mn.push_back(n.back());
+
+  AtomAxis parts;
+  if (int64_t count = SumParts(m, columns, k); count > 1) {
+    AtomAxis halves = atoms.SplitLeaf(k[0], atoms.extent(k[0]) / count);
+    parts = {halves[0]};
+    k[0] = halves[1];
+    m.insert(m.begin(), halves[0]);
+  }
 
   ContractionSpec spec;
   spec.m = Extents(atoms, m);
-  spec.n = n.empty() ? 1 : atoms.extent(n.back());
+  spec.n = columns;
   spec.k = Extents(atoms, k);
-  AtomAxis mk = m, mkn, mn = m;
+  AtomAxis mk = m, mkn;
   mk.insert(mk.end(), k.begin(), k.end());
   mkn = mk;
-  if (!n.empty()) {
-    mkn.push_back(n.back());
-    mn.push_back(n.back());
-  }
+  if (!n.empty()) mkn.push_back(n.back());
   auto with_n = [&](const LoopOperand& operand, const AtomAxis& along) {
     std::vector<int64_t> strides = StridesAlong(operand, along);
     if (n.empty()) strides.push_back(0);
@@ -326,14 +364,42 @@ void Lowering::LowerContraction(Group& group, const std::string& label) {
   };
   spec.a = MakeOperand(c.a.view, StridesAlong(c.a, mk));
   spec.b = with_n(c.b, mkn);
-  spec.epilogue.program = epilogue.Finish(results);
-  for (const LoopOperand& operand : epilogue.operands()) {
-    spec.epilogue.operands.push_back(with_n(operand, mn));
+
+  if (parts.empty()) {
+    spec.epilogue.program = epilogue.Finish(results);
+    for (const LoopOperand& operand : epilogue.operands()) {
+      spec.epilogue.operands.push_back(with_n(operand, mn));
+    }
+    for (const RegionOutput& output : outputs) {
+      spec.epilogue.outputs.push_back(with_n(output.place, mn));
+    }
+    AddContraction(std::move(spec), label);
+  } else {
+    AtomAxis all = m;
+    if (!n.empty()) all.push_back(n.back());
+    LoopOperand partial = NewTemporary(all, label + " (parts)");
+    spec.epilogue.program = Identity();
+    spec.epilogue.outputs = {with_n(partial, all)};
+    AddContraction(std::move(spec), label + " (parts)");
+
+    ReduceSpec sum;
+    sum.kind = ReduceSpec::kSum;
+    sum.extents = Extents(atoms, mn);
+    sum.reduced = Extents(atoms, parts);
+    AtomAxis loops = mn;
+    loops.push_back(parts[0]);
+    sum.inputs = {MakeOperand(partial.view, StridesAlong(partial, loops))};
+    sum.program = Identity();
+    sum.epilogue.program = epilogue.Finish(results);
+    for (const LoopOperand& operand : epilogue.operands()) {
+      sum.epilogue.operands.push_back(MakeOperand(operand.view, StridesAlong(operand, mn)));
+    }
+    for (const RegionOutput& output : outputs) {
+      sum.epilogue.outputs.push_back(
+          MakeOperand(output.place.view, StridesAlong(output.place, mn)));
+    }
+    AddReduce(std::move(sum), label + " (sum of parts)");
   }
-  for (const RegionOutput& output : outputs) {
-    spec.epilogue.outputs.push_back(with_n(output.place, mn));
-  }
-  AddContraction(std::move(spec), label);
   FinishOutputs(outputs, label);
 }
 
