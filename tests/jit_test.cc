@@ -21,15 +21,8 @@
 #include "layers/resnet.h"
 #include "layers/transformer.h"
 #include "optim/optimizer.h"
+#include "tests/count_mallocs.h"
 #include "tests/op_inputs.h"
-
-// Counts every allocation of the process, so that a test can show that a call makes none.
-extern "C" void* __libc_malloc(size_t bytes);
-static std::atomic<int64_t> g_mallocs = 0;
-extern "C" void* malloc(size_t bytes) {
-  g_mallocs.fetch_add(1, std::memory_order_relaxed);
-  return __libc_malloc(bytes);
-}
 
 namespace calotype::jit {
 namespace {
