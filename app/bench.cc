@@ -21,7 +21,7 @@ struct Command {
 void Run(const Command& command) {
   auto model =
       command.model.empty() ? RandomModel(command.unet) : DiffusionModel::Load(command.model);
-  fmt::print("{} threads, {} parameters, median of alternating calls\n", Threads(),
+  fmt::print("{} threads, {} parameters, fastest of alternating calls\n", Threads(),
              model->ParameterCount());
   fmt::print("{:>6} {:>6} {:>12} {:>12} {:>8} {:>12} {:>11}\n", "what", "batch", "eager ms",
              "jit ms", "ratio", "difference", "compile s");
@@ -51,6 +51,7 @@ void AddBench(CLI::App& app, Selected& selected) {
       ->capture_default_str();
   bench->add_option("--batch,--batch-size", command->batches, "Batch sizes")
       ->delimiter(',')
+      ->take_all()
       ->capture_default_str();
   bench->add_option("--seconds", command->seconds, "Time for each measurement")
       ->capture_default_str()

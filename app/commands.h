@@ -19,5 +19,6 @@ void AddData(CLI::App& app, Selected& selected);
 void AddBench(CLI::App& app, Selected& selected);
 void AddInfo(CLI::App& app, Selected& selected);
 void AddGraph(CLI::App& app, Selected& selected);
+void AddUNet(CLI::App& app, Selected& selected);
 
 }  // namespace calotype::app

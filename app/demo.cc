@@ -30,6 +30,14 @@ void AddDemo(CLI::App& app, Selected& selected) {
       ->add_option("--steps,--max-train-steps", options->steps,
                    "Training steps; 0: 1000, with sgd 400")
       ->capture_default_str();
+  command
+      ->add_option("--sampling-steps,--num-inference-steps", options->sampling_steps,
+                   "Sampling steps")
+      ->capture_default_str();
+  command
+      ->add_option("--seeds-per-caption", options->seeds_per_caption,
+                   "Pictures of each of the 96 captions")
+      ->capture_default_str();
   command->callback([options, &selected] {
     selected.run = [options, &selected] {
       DemoCallbacks callbacks;

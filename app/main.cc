@@ -49,6 +49,7 @@ int Main(int argc, char** argv) {
   app.set_version_flag("--version", std::string("calotype " CALOTYPE_VERSION));
   app.footer(kFooter);
   app.require_subcommand(1);
+  app.option_defaults()->take_last();  // of an option given twice, as in other trainers
   app.fallthrough();
   int threads = 0;
   Selected selected;
@@ -62,12 +63,15 @@ int Main(int argc, char** argv) {
   AddBench(app, selected);
   AddInfo(app, selected);
   AddGraph(app, selected);
+  AddUNet(app, selected);
   try {
     app.parse(Arguments(argc, argv));
   } catch (const CLI::Success& e) {
     return app.exit(e);
   } catch (const CLI::ParseError& e) {
-    fmt::print(stderr, "calotype: {}\nRun with --help for the options.\n", e.what());
+    std::vector<std::string> rest = app.remaining();
+    std::string unknown = rest.empty() ? "" : fmt::format(" (unknown: {})", fmt::join(rest, " "));
+    fmt::print(stderr, "calotype: {}{}\nRun with --help for the options.\n", e.what(), unknown);
     return 2;
   }
   try {

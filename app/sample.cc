@@ -65,6 +65,7 @@ void AddSample(CLI::App& app, Selected& selected) {
                    "Run folder of `train` or `demo`")
       ->required();
   sample->add_option("-p,--prompt", command->prompts, "What to draw; may be given several times")
+      ->take_all()
       ->required();
   sample->add_option("-n,--negative-prompt", options.negative_prompt,
                      "What guidance leads away from");

@@ -10,7 +10,7 @@
 namespace calotype {
 
 struct Comparison {
-  double eager_ms = 0, jit_ms = 0;  // median of alternating calls
+  double eager_ms = 0, jit_ms = 0;  // fastest of alternating calls: noise only adds
   double compile_seconds = 0;
   double max_rel_difference =
       0;  // largest |jit - eager| over the largest |eager|, over all outputs

@@ -60,6 +60,8 @@ std::string DemoSummary::ToJson() const {
 }
 
 DemoSummary RunDemo(const DemoOptions& options, const DemoCallbacks& callbacks) {
+  Check(options.seeds_per_caption >= 1 && options.seeds_per_caption <= 1000,
+        "demo: {} pictures a caption, must be in [1, 1000]", options.seeds_per_caption);
   DemoSummary summary;
   {
     TrainOptions train = DemoTrainOptions(options);
@@ -75,6 +77,7 @@ DemoSummary RunDemo(const DemoOptions& options, const DemoCallbacks& callbacks) 
   summary.b64 = CompareUNet(pipeline->model(), 64, 2);
 
   GenerateOptions generate;
+  generate.steps = options.sampling_steps;
   std::vector<int64_t> captions;
   for (int64_t caption = 0; caption < kShapeCaptions; ++caption) {
     for (int64_t seed = 0; seed < options.seeds_per_caption; ++seed) {

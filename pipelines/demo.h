@@ -18,8 +18,9 @@ struct DemoOptions {
   std::string optimizer = "adamw";  // or sgd: plain settings, judged by the loss
   std::string backend = "eager";    // of training; pictures are drawn by compiled code
   uint64_t seed = 0;
-  int64_t steps = 0;  // 0: 1000, or 400 with sgd
-  int64_t seeds_per_caption = 4;
+  int64_t steps = 0;              // 0: 1000, or 400 with sgd
+  int64_t seeds_per_caption = 4;  // pictures of each of the 96 captions
+  int64_t sampling_steps = 25;
 };
 
 struct DemoCallbacks {
