@@ -264,6 +264,7 @@ struct Case {
 std::vector<OpSample> Samples(bool gradient) {
   std::vector<Case> cases = {
       {1, 1, 1, 1, 1, 1, 1, false, 0, {}},
+      {1, 1, 1, 2, 2, 3, 2, true, 0, {}},
       {2, 2, 2, 5, 7, 3, 4, false, 0, {}},
       {2, 1, 3, 17, 13, 16, 16, false, 0, {}},
       {3, 3, 1, 33, 70, 8, 5, false, 0, {}, 16, 32},

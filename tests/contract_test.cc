@@ -211,6 +211,31 @@ TEST(Conv2dTest, RandomShapes) {
   EXPECT_GT(above_tiny, 80);
 }
 
+TEST(Conv2dTest, PointwiseIsNotMixedUpWithAMatMulOfItsShape) {
+  // A 1x1 convolution is a product whose bias belongs to the rows of the result.
+  Random random(24);
+  const int64_t in = 20, out = 18, positions = 25;
+  auto w = RandomFloats(random, out * in, true), x = RandomFloats(random, 2 * in * positions, true);
+  auto bias = RandomFloats(random, positions, true);
+  std::vector<float> y(2 * out * positions), expected(y.size());
+  MatMulShape s{.batch = 2,
+                .m = out,
+                .n = positions,
+                .k = in,
+                .a_row = in,
+                .b_batch = in * positions,
+                .b_row = positions};
+  Conv2dShape conv = Square(2, in, 5, out, 1, 1, 0);
+  for (int i = 0; i < 2; ++i) {
+    MatMul(s, w.data(), x.data(), bias.data(), y.data());
+    reference::MatMul<float>(s, w.data(), x.data(), bias.data(), expected.data());
+    EXPECT_EQ(y, expected);
+    Conv2dForward(conv, x.data(), w.data(), bias.data(), y.data());
+    reference::Conv2dForward<float>(conv, x.data(), w.data(), bias.data(), expected.data());
+    EXPECT_EQ(y, expected);
+  }
+}
+
 TEST(Conv2dTest, EmptySizesAndErrors) {
   Random random(23);
   CheckConv2d(Square(0, 3, 4, 2, 3, 1, 1), random, true);
