@@ -95,7 +95,8 @@ class AppTest : public ::testing::Test {
 TEST_F(AppTest, HelpAndVersion) {
   ProgramResult help = Calotype({"--help"});
   EXPECT_EQ(help.code, 0);
-  for (const char* command : {"demo", "train", "sample", "data", "bench", "info", "graph"}) {
+  for (const char* command :
+       {"demo", "train", "sample", "data", "bench", "info", "graph", "unet"}) {
     EXPECT_THAT(help.out, HasSubstr(command));
     ProgramResult of_command = Calotype({command, "--help"});
     EXPECT_EQ(of_command.code, 0) << command;
@@ -295,6 +296,26 @@ TEST_F(AppTest, InfoAndGraph) {
   EXPECT_THAT(Calotype({"graph", "--unet", folder_ / "unet.json", "--format", "lowered"}).out,
               HasSubstr("conv_in"));
   EXPECT_EQ(Calotype({"graph", "--what", "dreams"}).code, 2);
+}
+
+// A U-Net folder of diffusers on given tensors, against the golden output.
+TEST_F(AppTest, UNetFolder) {
+  fs::path fixture = fs::path(CALOTYPE_TEST_DATA) / "fixtures/unet/sd15-tiny";
+  TensorFile golden = ReadSafetensors(fixture / "tensors.safetensors"), inputs;
+  for (const char* name : {"sample", "timestep", "encoder_hidden_states"})
+    inputs.tensors[name] = golden.tensors.at(std::string("input.") + name);
+  WriteSafetensors(folder_ / "in.safetensors", inputs);
+  for (const char* backend : {"eager", "jit"}) {
+    ProgramResult result =
+        Calotype({"unet", "--model", fixture.string(), "--inputs", folder_ / "in.safetensors",
+                  "--output", folder_ / "out.safetensors", "--backend", backend, "--threads", "1"});
+    ASSERT_EQ(result.code, 0) << result.err;
+    Tensor out = ReadSafetensors(folder_ / "out.safetensors").tensors.at("out"),
+           expected = golden.tensors.at("output.out");
+    ASSERT_EQ(out.shape(), expected.shape());
+    for (int64_t i = 0; i < out.elements(); ++i)
+      ASSERT_NEAR(out.data()[i], expected.data()[i], 2e-5) << backend;
+  }
 }
 
 TEST_F(AppTest, TheOpTableIsUpToDate) {

@@ -35,5 +35,24 @@ TEST(ExampleTest, Op) {
   EXPECT_NEAR(Number(text, "dx ="), Number(text, "by differences ="), 1e-5);
 }
 
+TEST(ExampleTest, Layer) {
+  std::string text = Example("02_layer");
+  EXPECT_THAT(text, HasSubstr("gate.weight"));
+  EXPECT_LT(Number(text, "step 300: loss"), 0.1 * Number(text, "step   0: loss"));
+}
+
+TEST(ExampleTest, Train) {
+  std::string text = Example("03_train");
+  EXPECT_GT(Number(text, "step    1: loss"), 0.1);
+  EXPECT_LT(Number(text, "step 1000: loss"), 2e-3);
+}
+
+TEST(ExampleTest, Compile) {
+  std::string text = Example("04_compile");
+  EXPECT_LT(Number(text, "fresh weights: largest difference from eager"), 2e-5);
+  EXPECT_LT(Number(text, "changed weights: largest difference from eager"), 2e-5);
+  EXPECT_GT(Number(text, "compiled in"), 0);
+}
+
 }  // namespace
 }  // namespace calotype::testing
