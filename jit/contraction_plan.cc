@@ -34,11 +34,21 @@ int64_t ContractionPlan::Units() const {
   return units;
 }
 
+int64_t ContractionPlan::TilesInUnit() const {
+  int64_t tiles = 1;
+  for (size_t i = 0; i < inner.size(); ++i) {
+    tiles *= i == 0 && block > 0 ? block : Tiles(inner[i]);
+  }
+  return tiles;
+}
+
 namespace {
 
 constexpr int kMostRows = 14, kMostVectors = 6;
-constexpr int64_t kBlockFloats =
-    48 * 1024;  // of the broadcast operand in one unit: half a small L2
+constexpr int64_t kBlockFloats = 48 * 1024;     // of the broadcast operand in one unit
+constexpr int64_t kPanelFloats = 48 * 1024;     // of the other operand in one tile; more is cut
+constexpr int64_t kSumBlockFloats = 16 * 1024;  // of it in one block of a cut sum
+constexpr int64_t kWaitingFloats = 16 * 1024;   // accumulators of a unit between those blocks
 
 void Arrange(const ContractionSpec& spec, ContractionPlan& plan) {
   size_t m = spec.m.size(), k = spec.k.size();
@@ -230,58 +240,161 @@ void ChooseTile(const ContractionSpec& spec, const Target& target, ContractionPl
   }
 }
 
-// Order of the tiles: a panel of the operand that lies in the lanes stays in cache while the tiles
-// of a block of the other operand pass by; the block stays while the next panels pass by.
-void ChooseOrder(int64_t chunks, ContractionPlan& plan) {
-  int streamed = plan.lane < 0 || plan.out[plan.lane].strides[1] != 0 ? 1 : 0;
-  int other = 1 - streamed;
-  std::vector<int> free;
-  for (int d = 0; d < static_cast<int>(plan.out.size()); ++d) {
-    if (d == plan.lane || (plan.out[d].strides[streamed] != 0 && plan.tile[d] > 1)) {
-      plan.panels.push_back(d);
-    } else if (plan.out[d].strides[streamed] != 0) {
-      plan.outer.push_back(d);
-    } else {
-      free.push_back(d);
-    }
-  }
-  int64_t enough = chunks == 1 ? 1 : 4 * chunks;
-  int64_t units = 1, panels = 1;
-  for (int d : plan.outer) units *= plan.Tiles(d);
-  for (int d : plan.panels) panels *= plan.Tiles(d);
-  units *= panels;
-  for (int d : free) units *= plan.Tiles(d);
-  // From the innermost outwards, dimensions join the block while it stays small and units stay
-  // many.
-  int64_t floats = 1;
-  for (const Dim& d : plan.sum) floats += (d.extent - 1) * std::abs(d.strides[other]);
-  while (!free.empty()) {
-    int d = free.back();
-    int64_t tiles = plan.Tiles(d), stride = std::abs(plan.out[d].strides[other]);
-    int64_t span = floats + (plan.out[d].extent - 1) * stride;
-    bool small = panels == 1 || span <= kBlockFloats;
-    if (small && units / std::max<int64_t>(tiles, 1) >= enough) {
-      plan.inner.insert(plan.inner.begin(), d);
-      units /= std::max<int64_t>(tiles, 1);
-      floats = span;
-      free.pop_back();
+// Roughly how many floats a nest of (extent, stride) touches, in whole cache lines.
+int64_t Footprint(std::vector<std::pair<int64_t, int64_t>> nest) {
+  for (auto& [extent, stride] : nest) stride = std::abs(stride);
+  std::sort(nest.begin(), nest.end(), [](auto& x, auto& y) { return x.second < y.second; });
+  // Equal strides, such as of kernel and picture columns, overlap.
+  for (size_t i = 0; i + 1 < nest.size();) {
+    if (nest[i].second != nest[i + 1].second) {
+      ++i;
       continue;
     }
-    // Not all of it: as many tiles as fit.
-    int64_t most = units / std::max<int64_t>(enough, 1);
-    if (panels > 1 && stride > 0) {
-      most = std::min(most, (kBlockFloats - floats) / (stride * plan.tile[d]));
-    }
-    most = std::clamp<int64_t>(most, 1, tiles);
-    if (most > 1) {
-      plan.inner.insert(plan.inner.begin(), d);
-      plan.block = most;
-      free.pop_back();
-    }
-    break;
+    nest[i].first += nest[i + 1].first - 1;
+    nest.erase(nest.begin() + static_cast<int64_t>(i) + 1);
   }
-  plan.outer.insert(plan.outer.end(), free.begin(), free.end());
+  int64_t run = 1, pieces = 1;
+  for (auto [extent, stride] : nest) {
+    if (stride == 0 || extent <= 1) continue;
+    if (stride <= run) {
+      run += (extent - 1) * stride;
+    } else {
+      pieces *= extent;
+    }
+  }
+  return pieces * std::max<int64_t>(run, 16);
 }
+
+// Order of the tiles: a panel of the operand that lies in the lanes stays in cache while the tiles
+// of a block of the other operand pass by; the block stays while the next panels pass by.
+class Order {
+ public:
+  Order(int64_t chunks, ContractionPlan& plan) : plan_(plan) {
+    streamed_ = plan.lane < 0 || plan.out[plan.lane].strides[1] != 0 ? 1 : 0;
+    for (int d = 0; d < static_cast<int>(plan.out.size()); ++d) {
+      if (d == plan.lane || (plan.out[d].strides[streamed_] != 0 && plan.tile[d] > 1)) {
+        plan.panels.push_back(d);
+      } else if (plan.out[d].strides[streamed_] != 0) {
+        plan.outer.push_back(d);
+      } else {
+        free_.push_back(d);
+      }
+    }
+    for (const auto* dims : {&plan.outer, &plan.panels, &free_}) {
+      for (int d : *dims) units_ *= std::max<int64_t>(plan.Tiles(d), 1);
+    }
+    for (int d : plan.panels) panels_ *= plan.Tiles(d);
+    enough_ = chunks == 1 ? 1 : 4 * chunks;
+    CutSum();
+    for (size_t k = plan.sum_blocks; k < plan.sum.size(); ++k) {
+      nest_.emplace_back(plan.sum[k].extent, plan.sum[k].strides[1 - streamed_]);
+    }
+    FillUnit();
+    plan.outer.insert(plan.outer.end(), free_.begin(), free_.end());
+  }
+
+ private:
+  // Cuts the sum if the panel of one tile would not stay in cache while other tiles pass by.
+  void CutSum() {
+    std::vector<Dim>& sum = plan_.sum;
+    int64_t depth = 1, lanes = plan_.lane < 0 ? 1 : plan_.tile[plan_.lane];
+    for (const Dim& d : sum) depth *= d.extent;
+    if (plan_.lane < 0 || depth * lanes <= kPanelFloats || free_.empty()) return;
+    int64_t most = std::max<int64_t>(kSumBlockFloats / lanes, 64), block = 1;
+    int k = static_cast<int>(sum.size());
+    while (k > 0 && block * sum[k - 1].extent <= most) block *= sum[--k].extent;
+    if (k == 0) return;
+    int64_t part = std::min(most / block, sum[k - 1].extent);
+    while (sum[k - 1].extent % part != 0) --part;
+    if (block * part < 64) return;  // no even blocks of a useful size
+    if (part > 1) {
+      Dim outer = sum[k - 1];
+      outer.extent /= part;
+      for (int64_t& stride : outer.strides) stride *= part;
+      sum[k - 1].extent = part;
+      sum.insert(sum.begin() + k - 1, outer);
+    }
+    plan_.sum_blocks = k;
+    // Tiles share what they read only within a unit, so units are few; the tiles wait in memory.
+    enough_ = std::min<int64_t>(enough_, 8);
+  }
+
+  int64_t With(int d, int64_t extent) const {
+    auto nest = nest_;
+    nest.emplace_back(extent, plan_.out[d].strides[1 - streamed_]);
+    return Footprint(nest);
+  }
+  int64_t TileFloats() const {
+    int64_t floats = 1;
+    for (int64_t size : plan_.tile) floats *= size;
+    return floats;
+  }
+
+  // Dimensions join the block while it stays small and units stay many: from the innermost
+  // outwards, or, with a cut sum, first those that read least besides what is there.
+  void FillUnit() {
+    int64_t tiles_in_unit = 1;
+    while (!free_.empty()) {
+      std::vector<int> order(free_.rbegin(), free_.rend());
+      if (plan_.sum_blocks > 0) {
+        auto growth = [&](int d) {
+          return static_cast<double>(With(d, plan_.out[d].extent)) /
+                 static_cast<double>(std::max<int64_t>(plan_.Tiles(d), 1));
+        };
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int x, int y) { return growth(x) < growth(y); });
+      } else {
+        order.resize(1);
+      }
+      // The first that fits as a whole, else a part of the first that fits at all.
+      int chosen = -1;
+      int64_t part = 1;
+      for (int d : order) {
+        int64_t most = MostTiles(d, tiles_in_unit);
+        if (most == plan_.Tiles(d)) {
+          chosen = d;
+          part = most;
+          break;
+        }
+        if (chosen < 0 && most > 1) {
+          chosen = d;
+          part = most;
+        }
+      }
+      if (chosen < 0) break;
+      plan_.inner.insert(plan_.inner.begin(), chosen);
+      std::erase(free_, chosen);
+      int64_t tiles = plan_.Tiles(chosen);
+      if (part < tiles) {
+        plan_.block = part;
+        break;
+      }
+      nest_.emplace_back(plan_.out[chosen].extent, plan_.out[chosen].strides[1 - streamed_]);
+      units_ /= std::max<int64_t>(tiles, 1);
+      tiles_in_unit *= tiles;
+    }
+  }
+
+  // How many tiles of dimension d may join the unit.
+  int64_t MostTiles(int d, int64_t tiles_in_unit) const {
+    int64_t tiles = plan_.Tiles(d), most = std::min(tiles, units_ / enough_);
+    if (plan_.sum_blocks > 0) {
+      most = std::min(most, kWaitingFloats / (TileFloats() * std::max<int64_t>(tiles_in_unit, 1)));
+    }
+    auto small = [&](int64_t count) {
+      int64_t extent = std::min(count * plan_.tile[d], plan_.out[d].extent);
+      return panels_ == 1 || With(d, extent) <= kBlockFloats;
+    };
+    while (most > 1 && !small(most)) most = most * 3 / 4;
+    return most;
+  }
+
+  ContractionPlan& plan_;
+  int streamed_ = 1;  // the operand that lies in the lanes
+  int64_t units_ = 1, panels_ = 1, enough_ = 1;
+  std::vector<int> free_;                          // dimensions that it does not move along
+  std::vector<std::pair<int64_t, int64_t>> nest_;  // what a unit reads of the other operand
+};
 
 }  // namespace
 
@@ -289,7 +402,7 @@ ContractionPlan PlanContraction(const ContractionSpec& spec, const Target& targe
   ContractionPlan plan;
   Arrange(spec, plan);
   ChooseTile(spec, target, plan);
-  ChooseOrder(std::max<int64_t>(Chunks(KernelSpec(spec)), 1), plan);
+  Order(std::max<int64_t>(Chunks(KernelSpec(spec)), 1), plan);
   return plan;
 }
 

@@ -30,15 +30,19 @@ struct ContractionPlan {
   // lanes.
   std::vector<int64_t> tile;
   int vectors = 1;  // of a tile along the lanes
-  // Output dimensions in loop order. Those before `split` and, if block > 0, the blocks of `block`
-  // tiles of dimension order[split] together with all of `panels` number the units of work; inside
-  // a unit run the tiles of the block and all later dimensions.
+  // Output dimensions in loop order. The tiles of `outer`, the blocks of `block` tiles of inner[0],
+  // and the tiles of `panels` number the units of work; inside a unit run the tiles of the block
+  // and of the rest of `inner`.
   std::vector<int> outer, panels, inner;
   int64_t block = 0;  // tiles of inner[0] in one unit; 0: all
+  // If positive, a long sum is cut into blocks: the first so many dimensions of `sum` are loops
+  // around the tiles of a unit, whose accumulators wait in memory meanwhile.
+  int sum_blocks = 0;
 
   int64_t Tiles(int dim) const { return (out[dim].extent + tile[dim] - 1) / tile[dim]; }
   int64_t Blocks() const { return block == 0 ? 1 : (Tiles(inner[0]) + block - 1) / block; }
   int64_t Units() const;
+  int64_t TilesInUnit() const;
 };
 
 ContractionPlan PlanContraction(const ContractionSpec& spec, const Target& target);

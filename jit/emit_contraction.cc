@@ -1,9 +1,11 @@
 // ContractionSpec: register tiles of accumulators over all of the sum, then the epilogue in
 // registers. In each step of the sum the tile loads every element of a and b that it needs once
 // (broadcast where the operand does not move along the lanes) and multiplies them pairwise into the
-// accumulators.
+// accumulators. If the sum is long, all tiles of a unit advance by one block of it at a time, so
+// that what they share stays in cache, and the accumulators wait on the stack.
 #include <algorithm>
 #include <map>
+#include <set>
 
 #include "core/error.h"
 #include "jit/emit.h"
@@ -59,7 +61,7 @@ class ContractionEmitter {
   // Dimensions whose tile number comes from the unit.
   void EmitBound(const std::vector<std::pair<int, Value*>>& bound, size_t level, Value* block,
                  const Values& pointers, Sizes sizes) {
-    if (level == bound.size()) return EmitInner(0, block, pointers, sizes);
+    if (level == bound.size()) return EmitTiles(block, pointers, sizes);
     auto [d, number] = bound[level];
     const Dim& dim = plan_.out[d];
     int64_t full = dim.extent / plan_.tile[d], rest = dim.extent % plan_.tile[d];
@@ -73,9 +75,68 @@ class ContractionEmitter {
     e_.If(e_.b.CreateICmpEQ(number, e_.I64(full)), [&] { emit(rest); });
   }
 
-  // Dimensions that run inside the unit.
-  void EmitInner(size_t level, Value* block, const Values& pointers, Sizes sizes) {
-    if (level == plan_.inner.size()) return EmitTile(pointers, sizes);
+  using TileBody =
+      llvm::function_ref<void(const Values& pointers, const Sizes& sizes, Value* slot)>;
+
+  // The tiles of one unit.
+  void EmitTiles(Value* block, const Values& pointers, const Sizes& sizes) {
+    if (plan_.sum_blocks == 0) {
+      return EmitInner(0, block, pointers, sizes, nullptr,
+                       [&](const Values& here, const Sizes& tile, Value*) {
+                         std::vector<Element> elements = Elements(tile);
+                         Values sums(elements.size(), e_.Splat(0.0, width_));
+                         sums = EmitSum(0, here[0], here[1], sums, elements);
+                         Finish(here, sums, elements, tile);
+                       });
+    }
+    slot_floats_ = 1;
+    for (int64_t size : plan_.tile) slot_floats_ *= size;
+    int64_t floats = slot_floats_ * plan_.TilesInUnit();
+    if (!waiting_) waiting_ = e_.Scratch(floats);
+    e_.For(floats / width_, [&](Value* i) {
+      e_.Store(e_.Splat(0.0, width_), e_.At(waiting_, DType::kF32, i, width_), DType::kF32, 1,
+               width_, width_);
+    });
+    EmitSumBlocks(0, pointers, [&](const Values& moved) {
+      EmitInner(0, block, moved, sizes, waiting_,
+                [&](const Values& here, const Sizes& tile, Value* slot) {
+                  std::vector<Element> elements = Elements(tile);
+                  Values sums = Waiting(slot, elements.size());
+                  sums = EmitSum(plan_.sum_blocks, here[0], here[1], sums, elements);
+                  for (size_t i = 0; i < sums.size(); ++i) {
+                    Value* to = e_.At(slot, DType::kF32, static_cast<int64_t>(i) * width_);
+                    e_.Store(sums[i], to, DType::kF32, 1, width_, width_);
+                  }
+                });
+    });
+    EmitInner(0, block, pointers, sizes, waiting_,
+              [&](const Values& here, const Sizes& tile, Value* slot) {
+                std::vector<Element> elements = Elements(tile);
+                Finish(here, Waiting(slot, elements.size()), elements, tile);
+              });
+  }
+
+  Values Waiting(Value* slot, size_t count) {
+    Values sums;
+    for (size_t i = 0; i < count; ++i) {
+      Value* from = e_.At(slot, DType::kF32, static_cast<int64_t>(i) * width_);
+      sums.push_back(e_.Load(from, DType::kF32, 1, width_, width_));
+    }
+    return sums;
+  }
+
+  void EmitSumBlocks(int level, const Values& pointers,
+                     llvm::function_ref<void(const Values&)> body) {
+    if (level == plan_.sum_blocks) return body(pointers);
+    e_.For(plan_.sum[level].extent, [&](Value* index) {
+      EmitSumBlocks(level + 1, Advanced(pointers, plan_.sum[level], index), body);
+    });
+  }
+
+  // Dimensions that run inside the unit. `slot` moves with the number of the tile.
+  void EmitInner(size_t level, Value* block, const Values& pointers, Sizes sizes, Value* slot,
+                 TileBody body) {
+    if (level == plan_.inner.size()) return body(pointers, sizes, slot);
     int d = plan_.inner[level];
     const Dim& dim = plan_.out[d];
     int64_t full = dim.extent / plan_.tile[d], rest = dim.extent % plan_.tile[d];
@@ -86,18 +147,17 @@ class ContractionEmitter {
       last = e_.Min(last, e_.Add(first, e_.I64(plan_.block)));
       has_rest = e_.b.CreateICmpEQ(block, e_.I64(plan_.Blocks() - 1));
     }
-    if (full > 0) {
-      sizes[d] = plan_.tile[d];
-      e_.For(first, last, 1, [&](Value* number) {
-        EmitInner(level + 1, block, Advanced(pointers, dim, number, plan_.tile[d]), sizes);
-      });
-    }
-    if (rest > 0) {
-      sizes[d] = rest;
-      e_.If(has_rest, [&] {
-        EmitInner(level + 1, block, Advanced(pointers, dim, e_.I64(full), plan_.tile[d]), sizes);
-      });
-    }
+    int64_t slots = slot_floats_;
+    for (size_t l = level + 1; l < plan_.inner.size(); ++l) slots *= plan_.Tiles(plan_.inner[l]);
+    auto emit = [&](Value* number, int64_t size) {
+      Sizes now = sizes;
+      now[d] = size;
+      Value* here = nullptr;
+      if (slot) here = e_.At(slot, DType::kF32, e_.b.CreateSub(number, first), slots);
+      EmitInner(level + 1, block, Advanced(pointers, dim, number, plan_.tile[d]), now, here, body);
+    };
+    if (full > 0) e_.For(first, last, 1, [&](Value* number) { emit(number, plan_.tile[d]); });
+    if (rest > 0) e_.If(has_rest, [&] { emit(e_.I64(full), rest); });
   }
 
   // One accumulator: its place in the tile, and where its elements of a and b are.
@@ -128,10 +188,8 @@ class ContractionEmitter {
     }
   }
 
-  void EmitTile(const Values& pointers, const Sizes& sizes) {
-    std::vector<Element> elements = Elements(sizes);
-    Values sums(elements.size(), e_.Splat(0.0, width_));
-    sums = EmitSum(0, pointers[0], pointers[1], sums, elements);
+  void Finish(const Values& pointers, Values sums, const std::vector<Element>& elements,
+              const Sizes& sizes) {
     if (plan_.lane < 0) {
       for (Value*& sum : sums) {
         sum = e_.Horizontal(sum, width_, [&](Value* x, Value* y) { return e_.b.CreateFAdd(x, y); });
@@ -155,7 +213,7 @@ class ContractionEmitter {
     }
     int64_t width = plan_.lane < 0 ? width_ : 1;  // summed elements of one step
     int64_t steps = dim.extent / width, rest = dim.extent % width;
-    int64_t unroll = steps <= 4 ? std::max<int64_t>(steps, 1) : elements.size() <= 8 ? 4 : 2;
+    int64_t unroll = steps <= 4 ? std::max<int64_t>(steps, 1) : elements.size() <= 8 ? 4 : 1;
     Values now = e_.Fold(steps / unroll, sums, [&](Value* index, const Values& before) {
       Values after = before;
       auto [x, y] = at(index, unroll * width);
@@ -192,7 +250,18 @@ class ContractionEmitter {
       }
       return value;
     };
-    for (size_t i = 0; i < elements.size(); ++i) {
+    // The operand with fewer elements stays in registers while those of the other pass by.
+    std::set<int64_t> offsets[2];
+    for (const Element& element : elements) {
+      for (int o : {0, 1}) offsets[o].insert(element.offset[o]);
+    }
+    int passing = offsets[0].size() > offsets[1].size() ? 0 : 1;
+    std::vector<size_t> order(elements.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+    std::stable_sort(order.begin(), order.end(), [&](size_t i, size_t j) {
+      return elements[i].offset[passing] < elements[j].offset[passing];
+    });
+    for (size_t i : order) {
       Value* x = load(0, elements[i]);
       sums[i] = e_.MultiplyAdd(x, load(1, elements[i]), sums[i]);
     }
@@ -222,7 +291,11 @@ class ContractionEmitter {
                     const std::vector<Element>& elements, const Sizes& sizes) {
     // Code for each accumulator of a tile pays for short programs; long ones would fill the
     // instruction cache and spill the accumulators one by one.
-    if (spec_.epilogue.program.code.size() * elements.size() > 160) {
+    size_t instructions = spec_.epilogue.program.code.size();
+    for (size_t o = 2; o < operands_.size(); ++o) {
+      instructions += LaneStride(o) == 0 || LaneStride(o) == 1 ? 1 : 2 * width_;
+    }
+    if (instructions * elements.size() > 200) {
       return EmitEpilogueLoop(pointers, sums, elements, sizes);
     }
     std::map<std::pair<size_t, int64_t>, Value*> loaded;
@@ -320,7 +393,9 @@ class ContractionEmitter {
   int width_;
   std::vector<const Operand*> operands_;  // a, b, epilogue operands, outputs
   static constexpr int kMostElements = 32;
-  Value* room_ = nullptr;  // scratch for the accumulators of one tile
+  Value* room_ = nullptr;     // scratch for the accumulators of one tile
+  Value* waiting_ = nullptr;  // and of all tiles of a unit, if the sum is cut
+  int64_t slot_floats_ = 0;   // of one tile in it
 };
 
 }  // namespace

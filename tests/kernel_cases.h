@@ -408,6 +408,27 @@ inline Case Convolution(Rng& rng, int64_t batch, int64_t rows, int64_t columns, 
   return test;
 }
 
+// The gradient of 3x3 weights: x [B, S + 2, S + 2, C] and dy [B, S, S, N] to dw [3, 3, C, N] or, if
+// `transposed`, [N, C, 3, 3]. Its sum is long.
+inline Case WeightGradient(int64_t batch, int64_t size, int64_t in, int64_t out, bool transposed) {
+  Case test;
+  ContractionSpec s;
+  int64_t row = (size + 2) * in, picture = (size + 2) * row;
+  s.m = {3, 3, in};
+  s.n = out;
+  s.k = {batch, size, size};
+  s.a = {0, DType::kF32, 0, {row, in, 1, picture, row, in}};
+  s.b = {1, DType::kF32, 0, {0, 0, 0, size * size * out, size * out, out, 1}};
+  s.epilogue.program = Identity();
+  s.epilogue.outputs = {{2, DType::kF32, 0, {3 * in * out, in * out, out, 1}}};
+  if (transposed) s.epilogue.outputs[0].strides = {3, 1, 9, 9 * in};
+  test.buffers = {{DType::kF32, batch * picture},
+                  {DType::kF32, batch * size * size * out},
+                  {DType::kF32, 9 * in * out}};
+  test.spec = s;
+  return test;
+}
+
 // Any strides at all.
 inline Case RandomContraction(Rng& rng, int64_t most) {
   Case test;

@@ -121,6 +121,9 @@ TEST_P(KernelTest, ContractionsAreExactOnIntegers) {
   cases.push_back(Convolution(rng, 3, 16, 16, 8, 2, 32, 3, 1));
   cases.push_back(Convolution(rng, 2, 6, 6, 32, 1, 3, 3, 1));
   cases.push_back(Convolution(rng, 1, 4, 4, 5, 3, 8, 1, 1));
+  cases.push_back(WeightGradient(8, 16, 5, 33, false));
+  cases.push_back(WeightGradient(32, 8, 14, 20, true));
+  cases.push_back(MatrixProduct(rng, 9, 40, 3500, true));
   Check<ContractionSpec>(cases, 8);
 }
 
