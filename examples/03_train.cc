@@ -7,8 +7,8 @@
 #include "core/random.h"
 #include "graph/functions.h"
 #include "layers/linear.h"
-#include "optim/optimizer.h"
 #include "pipelines/graph_runner.h"
+#include "pipelines/training_graph.h"
 
 using namespace calotype;
 
@@ -23,11 +23,8 @@ int main() {
   ComputationGraph graph;
   Value x = graph.Input("x", Shape{64, 1}), y = graph.Input("y", Shape{64, 1});
   Value loss = MeanSquaredError(out.Call(Tanh(hidden.Call(x))), y);
-  std::vector<Value> wrt;
-  for (const ParameterPtr& p : parameters) wrt.push_back(graph.ParameterLeaf(p));
-  optimizer.ExportUpdates(graph, Gradients(std::vector{loss}, std::vector<Value>{{}}, wrt));
-  graph.Output("loss", loss);
-  GraphRunner step(std::move(graph), Backend::kEager);  // or kJit
+  ExportTrainingStep(loss, optimizer, /*ema=*/nullptr);  // adds gradients and updates
+  GraphRunner step(std::move(graph), Backend::kEager);   // or kJit
 
   Random random(/*seed=*/7);
   for (int k = 1; k <= 1000; ++k) {

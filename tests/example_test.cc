@@ -47,6 +47,13 @@ TEST(ExampleTest, Train) {
   EXPECT_LT(Number(text, "step 1000: loss"), 2e-3);
 }
 
+// The README shows the whole main of the example.
+TEST(ExampleTest, TheReadmeShowsTheTrainingLoop) {
+  std::string source = ReadText(std::string(CALOTYPE_SOURCE_DIR) + "/examples/03_train.cc");
+  EXPECT_THAT(ReadText(std::string(CALOTYPE_SOURCE_DIR) + "/README.md"),
+              HasSubstr("```cpp\n" + source.substr(source.find("int main")) + "```"));
+}
+
 TEST(ExampleTest, Compile) {
   std::string text = Example("04_compile");
   EXPECT_LT(Number(text, "fresh weights: largest difference from eager"), 2e-5);
