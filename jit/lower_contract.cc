@@ -171,7 +171,18 @@ Lowering::Contraction Lowering::MakeContraction(Group& group) {
     size_t mark = atoms.Mark();
     if (atoms.Fit(operand.axes, operand.view)) return;
     atoms.Rollback(mark);
-    operand.view = Pack(operand.view, label + " (packed)");
+    // Every axis in one piece, broadcast ones too.
+    View dense{-1, DType::kF32, 0, std::vector<Axis>(operand.view.axes.size())};
+    int64_t elements = 1;
+    for (size_t i = dense.axes.size(); i-- > 0;) {
+      int64_t size = operand.view.size(static_cast<int>(i));
+      dense.axes[i] = Simplify({{size, elements}});
+      elements *= size;
+    }
+    dense = NewArena(dense, DType::kF32, elements, label + " (packed)");
+    Copy(operand.view, dense, label + " (packed)");
+    ++program_.conversions;
+    operand.view = dense;
     Check<InternalError>(atoms.Fit(operand.axes, operand.view), "lowering: {} does not fit {}",
                          operand.view.ToString(), label);
   };

@@ -204,13 +204,26 @@ void Lowering::Copy(View from, View to, const std::string& label) {
   from = BitsView(from);
   to = BitsView(to);
   AtomAxes axes;
-  for (size_t i = 0; i < to.axes.size(); ++i) {
+  View whole{-1, DType::kF32, 0, std::vector<Axis>(to.axes.size())};  // row-major
+  int64_t elements = 1;
+  for (size_t i = to.axes.size(); i-- > 0;) {
     int64_t size = to.size(static_cast<int>(i));
-    axes.push_back({});
-    if (size != 1) axes.back() = {groups_.atoms.New(size)};
+    axes.insert(axes.begin(), AtomAxis{});
+    if (size != 1) axes.front() = {groups_.atoms.New(size)};
+    whole.axes[i] = Simplify({{size, elements}});
+    elements *= size;
   }
-  Check<InternalError>(groups_.atoms.Fit(axes, to) && groups_.atoms.Fit(axes, from),
-                       "lowering: {} cannot be copied to {}", from.ToString(), to.ToString());
+  const bool fits_to = groups_.atoms.Fit(axes, to);
+  size_t mark = groups_.atoms.Mark();
+  if (!fits_to || !groups_.atoms.Fit(axes, from)) {
+    // The axes are split in ways that have no common refinement: by way of whole axes.
+    groups_.atoms.Rollback(mark);
+    View rows = whole;
+    rows.buffer = NewBuffer(Storage::kArena, 0, DType::kF32, elements, label);
+    Copy(from, rows, label);
+    Copy(rows, to, label);
+    return;
+  }
   ProgramBuilder builder(groups_.atoms, 0);
   int value = builder.Operand({from, axes});
   AddLoop(builder.operands(), builder.Finish({value}), {{to, axes}}, label);

@@ -214,6 +214,17 @@ TEST(Views, TokensOfAPictureAreFree) {
   EXPECT_EQ(compiled->Stats().copies, 5) << "four borders, one copy of x";
 }
 
+TEST(Convolution, OfAnEnlargedPictureReadsTheSmallOne) {
+  ComputationGraph graph;
+  Value x = graph.Input("x", {2, 5, 3, 4});
+  Value w = graph.ParameterLeaf(MakeParameter("w", {6, 5, 3, 3}));
+  Value bias = graph.ParameterLeaf(MakeParameter("bias", {6}));
+  graph.Output("y", Conv2d(ResizeNearest(x, 6, 8), w, bias, Conv2dOptions::Padded(1, 1)));
+  graph.Output("corner", Conv2d(ResizeNearest(x, 6, 8), w, {}, {1, 0, 1, 0, 1}));
+  auto compiled = ExpectSame(graph, Randoms(graph), 1e-5);
+  EXPECT_GE(compiled->Stats().regions, 5) << "four parities of the first, one of the second";
+}
+
 TEST(Views, ConcatenationIsWrittenInPlace) {
   ComputationGraph graph;
   Value x = graph.Input("x", {2, 4, 5, 5});
