@@ -176,18 +176,17 @@ void EmitScatterAdd(Emitter& e, const ScatterAddSpec& s) {
 }
 
 void EmitPhilox(Emitter& e, const PhiloxSpec& s) {
-  // core/philox.h with one index in each lane.
+  // core/philox.h with one index in each lane: words of 32 bits in lanes of 64, so that the product
+  // of two is one instruction.
   int width = e.target.vector_width;
-  auto* i64 = llvm::FixedVectorType::get(e.b.getInt64Ty(), width);
   auto* i32 = llvm::FixedVectorType::get(e.b.getInt32Ty(), width);
   int64_t vectors = (s.elements + width - 1) / width, whole = s.elements / width;
   auto [first, last] = e.Units(vectors, Chunks(KernelSpec(s)));
   Value* seed = e.b.CreateLoad(e.b.getInt64Ty(), e.Base(s.seed));
-  auto low = [&](Value* x) { return e.b.CreateTrunc(x, i32); };
-  auto high = [&](Value* x) { return e.b.CreateTrunc(e.b.CreateLShr(x, 32), i32); };
-  auto constant = [&](uint64_t c) {
-    return e.b.CreateVectorSplat(width, e.b.getInt32(static_cast<uint32_t>(c)));
-  };
+  auto constant = [&](uint64_t c) { return e.b.CreateVectorSplat(width, e.b.getInt64(c)); };
+  Value* mask = constant(0xffffffff);
+  auto low = [&](Value* x) { return e.b.CreateAnd(x, mask); };
+  auto high = [&](Value* x) { return e.b.CreateLShr(x, 32); };
   Value* key = e.b.CreateVectorSplat(width, seed);
   Value* out = e.Base(s.out);
   std::vector<llvm::Constant*> iota;
@@ -197,20 +196,17 @@ void EmitPhilox(Emitter& e, const PhiloxSpec& s) {
     Value* index =
         e.b.CreateAdd(e.b.CreateVectorSplat(width, position), llvm::ConstantVector::get(iota));
     uint64_t stream = static_cast<uint64_t>(s.stream);
-    Values c = {low(index), high(index), constant(stream), constant(stream >> 32)};
+    Values c = {low(index), high(index), constant(stream & 0xffffffff), constant(stream >> 32)};
     Value *k0 = low(key), *k1 = high(key);
     for (int round = 0; round < 10; ++round) {
-      auto product = [&](Value* x, uint64_t factor) {
-        Value* wide = e.b.CreateZExt(x, i64);
-        return e.b.CreateMul(wide, e.b.CreateVectorSplat(width, e.b.getInt64(factor)));
-      };
-      Value* p0 = product(c[0], 0xD2511F53);
-      Value* p1 = product(c[2], 0xCD9E8D57);
+      Value* p0 = e.b.CreateMul(low(c[0]), constant(0xD2511F53));
+      Value* p1 = e.b.CreateMul(low(c[2]), constant(0xCD9E8D57));
       c = {e.b.CreateXor(e.b.CreateXor(high(p1), c[1]), k0), low(p1),
            e.b.CreateXor(e.b.CreateXor(high(p0), c[3]), k1), low(p0)};
-      k0 = e.b.CreateAdd(k0, constant(0x9E3779B9));
-      k1 = e.b.CreateAdd(k1, constant(0xBB67AE85));
+      k0 = low(e.b.CreateAdd(k0, constant(0x9E3779B9)));
+      k1 = low(e.b.CreateAdd(k1, constant(0xBB67AE85)));
     }
+    c[0] = e.b.CreateTrunc(c[0], i32);
     Value* uniform = e.b.CreateSIToFP(e.b.CreateLShr(c[0], 8), e.Float(width));
     uniform = e.b.CreateFMul(uniform, e.Splat(0x1p-24, width));
     e.Store(uniform, e.At(out, DType::kF32, position, 1), DType::kF32, 1, width, valid);

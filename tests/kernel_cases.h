@@ -172,6 +172,12 @@ inline Operand RandomOperand(Rng& rng, Case& test, const std::vector<int64_t>& e
   for (size_t d = 0; d < extents.size(); ++d) {
     plan.elements += std::max<int64_t>(extents[d] - 1, 0) * operand.strides[d];
   }
+  // Sometimes a dimension runs backwards.
+  for (size_t d = 0; d < extents.size(); ++d) {
+    if (!rng.Chance(0.05)) continue;
+    operand.offset += std::max<int64_t>(extents[d] - 1, 0) * operand.strides[d];
+    operand.strides[d] = -operand.strides[d];
+  }
   test.buffers.push_back(plan);
   return operand;
 }

@@ -131,13 +131,20 @@ inline void Run(const ReduceSpec& s, void* const* pointers) {
 }
 
 inline void Run(const ContractionSpec& s, void* const* pointers) {
-  Index extents = Join(s.m, {s.n});
-  ForEach(extents, [&](const Index& index) {
-    Index m(index.begin(), index.end() - 1);
+  size_t m = s.m.size();
+  const auto* a = static_cast<const float*>(pointers[s.a.pointer]);
+  const auto* b = static_cast<const float*>(pointers[s.b.pointer]);
+  auto move = [](const Operand& o, size_t first, const Index& index, size_t count) {
+    int64_t position = 0;
+    for (size_t d = 0; d < count; ++d) position += index[d] * o.strides[first + d];
+    return position;
+  };
+  ForEach(Join(s.m, {s.n}), [&](const Index& index) {
+    int64_t a0 = s.a.offset + move(s.a, 0, index, m);
+    int64_t b0 = s.b.offset + move(s.b, 0, index, m) + index.back() * s.b.strides.back();
     double result = 0;
     ForEach(s.k, [&](const Index& k) {
-      Index mk = Join(m, k);
-      result += Read(s.a, pointers, mk) * Read(s.b, pointers, Join(mk, {index.back()}));
+      result += double{a[a0 + move(s.a, m, k, k.size())]} * b[b0 + move(s.b, m, k, k.size())];
     });
     StoreEpilogue(s.epilogue, pointers, index, result);
   });
