@@ -19,7 +19,10 @@
 namespace calotype::jit {
 
 struct CompileOptions {
-  bool fuse = true;    // false: every elementwise node is a kernel of its own (to bisect)
+  bool fuse = true;  // false: every elementwise node is a kernel of its own (to bisect)
+  // 3x3 convolutions by Winograd's F(4x4, 3x3) where that pays: up to 2.5 times faster, with up to
+  // twice the rounding error of the direct sum.
+  bool winograd = true;
   bool check = false;  // as CALOTYPE_JIT=check
 };
 

@@ -55,7 +55,7 @@ class Layouts {
   View Choose(const ComputationNode& node, const View& row_major) {
     const Shape& shape = node.types[0].shape;
     const Op* op = node.op;
-    if (op == &kConv2dOp || op == &kCorrelateOp) {
+    if (op == &kConv2dOp || op == &kCorrelateOp || op == &kWinogradOutputOp) {
       return DenseInOrder(-1, DType::kF32, shape, kChannelsLast);
     }
     if (op == &kConv2dWeightGradientOp) {

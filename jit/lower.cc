@@ -9,7 +9,7 @@
 namespace calotype::jit {
 
 Lowering::Lowering(const ComputationGraph& graph, const LowerOptions& options)
-    : graph_(program_.graph = Normalize(graph)),
+    : graph_(program_.graph = Normalize(graph, options)),
       groups_(graph_, options.fuse),
       layouts_(PreferredLayouts(graph_)) {
   for (const ComputationNode& node : graph_.nodes()) {
@@ -126,6 +126,7 @@ bool Lowering::PlaceValue(ValueId value, View view) {
 bool Lowering::AcceptsPlace(ValueId root, const View& view) const {
   const ComputationNode& node = graph_.node(root.node);
   if (node.op == &kPhiloxUniformOp) return IsRowMajor(view);
+  if (node.op == &kWinogradOutputOp) return true;
   bool single = std::all_of(view.axes.begin(), view.axes.end(),
                             [](const Axis& axis) { return axis.size() <= 1; });
   if (IsAssembled(node)) return single;  // its parts are slices

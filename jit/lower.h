@@ -67,6 +67,7 @@ struct LoweredProgram {
 
 struct LowerOptions {
   bool fuse = true;
+  bool winograd = true;  // 3x3 convolutions by lower_winograd.h where they pay
 };
 
 // Errors: UnsupportedError naming op, label and shapes of a node that cannot be compiled.
@@ -74,7 +75,7 @@ LoweredProgram Lower(const ComputationGraph& graph, const LowerOptions& options 
 
 // The graph in the ops that the lowering knows: fused ops without a kernel decomposed, the padding
 // of convolutions explicit.
-ComputationGraph Normalize(const ComputationGraph& graph);
+ComputationGraph Normalize(const ComputationGraph& graph, const LowerOptions& options = {});
 
 // Calls f(operand, written) for every operand of a kernel that the kernel accesses.
 void ForEachOperand(KernelSpec& spec, const std::function<void(Operand&, bool)>& f);

@@ -51,6 +51,10 @@ void Lowering::LowerCall(int node, const std::string& label) {
   size_t results = n.types.size();
   if (n.op == &kGatherOp) {
     LowerGather(node, label);
+  } else if (n.op == &kWinogradInputOp) {
+    LowerWinogradInput(node, label);
+  } else if (n.op == &kWinogradWeightOp) {
+    LowerWinogradWeight(node, label);
   } else if (n.op == &kScatterAddOp) {
     LowerScatterAdd(node, label);
   } else if (n.op == &kPhiloxUniformOp) {

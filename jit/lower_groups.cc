@@ -13,11 +13,12 @@ namespace {
 constexpr int kMaxLoopOperands = 14;
 constexpr int kMaxEpilogueOperands = 8;
 constexpr size_t kMaxInstructions = 400;
+constexpr size_t kMaxTileInstructions = 24;  // written out for each pixel of a Winograd tile
 // What may be computed twice instead of being stored.
 constexpr int kCheapInstructions = 4;
 constexpr int kMaxPrologueOperands = 6;
 
-bool TakesEpilogue(const ComputationNode& node) { return IsReduce(node) || IsContraction(node); }
+bool TakesEpilogue(const ComputationNode& node) { return IsReduce(node) || EndsProduct(node); }
 
 size_t Instructions(const ComputationNode& node) {
   return node.op->elementwise ? node.op->elementwise->program.code.size() : 1;
@@ -58,6 +59,14 @@ Groups::Groups(const ComputationGraph& graph, bool fuse) : graph_(graph) {
       group.body = {static_cast<int>(i)};
     } else {
       group.anchor = static_cast<int>(i);
+    }
+    if (nodes[i].op == &kWinogradOutputOp) {
+      // Pixels of a tile are loops of their own from the start.
+      for (int axis : {2, 3}) {
+        AtomAxis split = {atoms.New(4)};
+        if (shape[axis] > 4) split.insert(split.begin(), atoms.New(shape[axis] / 4));
+        group.axes[i][axis] = split;
+      }
     }
     if (IsReduce(nodes[i])) {
       const auto& reduced = nodes[i].attrs.Ints("axes");
@@ -150,7 +159,7 @@ bool Groups::EndsContraction(int node) const {
   for (ValueId input : graph_.node(node).inputs) {
     int root = TraceOf(input).root.node;
     if (users_[root].size() != 1 || kept_[root]) continue;
-    if (IsContraction(graph_.node(root))) return true;
+    if (EndsProduct(graph_.node(root))) return true;
     if (IsElementwise(graph_.node(root)) && EndsContraction(root)) return true;
   }
   return false;
@@ -327,7 +336,9 @@ bool Groups::TryMerge(int producer, int consumer) {
   }
   int anchor = std::max(a.anchor, b.anchor);
   int limit = anchor >= 0 ? kMaxEpilogueOperands : kMaxLoopOperands;
-  if (instructions > kMaxInstructions || Operands(a, b) > limit) return false;
+  bool tile = anchor >= 0 && graph_.node(anchor).op == &kWinogradOutputOp;
+  if (instructions > (tile ? kMaxTileInstructions : kMaxInstructions)) return false;
+  if (Operands(a, b) > limit) return false;
   if (anchor >= 0 && graph_.node(anchor).op == &kConv2dWeightGradientOp) {
     // Its tiles lie across the rows of the weight: leave whole-weight operands to a loop of their
     // own.
@@ -399,7 +410,7 @@ void Groups::Merge() {
       int root = trace.root.node;
       if (!trace.bijective || group_of_[root] < 0) continue;
       const Group& group = groups_[group_of_[root]];
-      int rank = group.anchor < 0 ? 0 : IsContraction(nodes[group.anchor]) ? 2 : 1;
+      int rank = group.anchor < 0 ? 0 : EndsProduct(nodes[group.anchor]) ? 2 : 1;
       candidates.push_back({rank, root});
     }
     std::sort(candidates.rbegin(), candidates.rend());

@@ -84,6 +84,11 @@ class Lowering {
   View SinglePieces(ValueId value, std::initializer_list<int> axes);
   void MakeVector(LoopOperand& b, const std::string& label);
 
+  // --- Winograd's convolution (lower_winograd.cc).
+  void LowerWinogradInput(int node, const std::string& label);
+  void LowerWinogradWeight(int node, const std::string& label);
+  void LowerWinogradOutput(Group& group, const std::string& label);
+
   // --- Calls (lower_calls.cc).
   void LowerCall(int node, const std::string& label);
   void LowerGather(int node, const std::string& label);

@@ -8,6 +8,7 @@
 #include "graph/passes.h"
 #include "jit/lower.h"
 #include "jit/lower_ops.h"
+#include "jit/lower_winograd.h"
 
 namespace calotype::jit {
 
@@ -87,7 +88,8 @@ Attrs Unpadded(Attrs attrs) {
   return attrs;
 }
 
-Value InputGradient(ComputationGraph& graph, const ComputationNode& node, Value dy, Value w) {
+// dy spread and padded so that the gradient is a correlation with the turned kernel.
+Value PadGradient(const ComputationNode& node, Value dy, Value w) {
   const Attrs& attrs = node.attrs;
   int64_t stride = attrs.Int("stride"), ho = dy.dim(2), wo = dy.dim(3);
   if (stride > 1) {
@@ -96,10 +98,9 @@ Value InputGradient(ComputationGraph& graph, const ComputationNode& node, Value 
     dy = Reshape(dy, {dy.dim(0), dy.dim(1), ho * stride, wo * stride});
   }
   int64_t low_h = w.dim(2) - 1 - attrs.Int("top"), low_w = w.dim(3) - 1 - attrs.Int("left");
-  dy = PadOrCut(dy, {0, 0, low_h, low_w},
-                {0, 0, attrs.Int("height") + w.dim(2) - 1 - low_h - dy.dim(2),
-                 attrs.Int("width") + w.dim(3) - 1 - low_w - dy.dim(3)});
-  return graph.EmitOne(kCorrelateOp, {dy, w});
+  return PadOrCut(dy, {0, 0, low_h, low_w},
+                  {0, 0, attrs.Int("height") + w.dim(2) - 1 - low_h - dy.dim(2),
+                   attrs.Int("width") + w.dim(3) - 1 - low_w - dy.dim(3)});
 }
 
 // The input of a nearest-neighbour enlargement by two (ResizeNearest), or an undefined value.
@@ -148,6 +149,28 @@ bool IsPlain3x3(const ComputationNode& node, Value w) {
   return w.dim(2) == 3 && w.dim(3) == 3;
 }
 
+std::vector<Value> EnlargedNode(ComputationGraph&, const ComputationNode& node,
+                                std::span<const Value> inputs) {
+  if (node.op != &kConv2dOp || node.types[0].shape.elements() == 0) return {};
+  if (!IsPlain3x3(node, inputs[1]) || inputs[1].shape().elements() == 0) return {};
+  Value small = EnlargedFrom(inputs[0]);
+  if (!small.defined()) return {};
+  return {ConvolveEnlarged(small, inputs[1], inputs.size() == 3 ? inputs[2] : Value{})};
+}
+
+std::vector<Value> WinogradNode(ComputationGraph&, const ComputationNode& node,
+                                std::span<const Value> inputs) {
+  bool gradient = node.op == &kConv2dInputGradientOp;
+  if ((!gradient && node.op != &kConv2dOp) || node.attrs.Int("stride") != 1) return {};
+  if (inputs[0].shape().elements() == 0 || inputs[1].dim(2) != 3 || inputs[1].dim(3) != 3)
+    return {};
+  Value x = gradient ? PadGradient(node, inputs[0], inputs[1]) : PadImage(inputs[0], node.attrs);
+  Value y = WinogradConvolution(x, inputs[1], gradient);
+  if (!y.defined()) return {};
+  if (inputs.size() == 3) y = y + Reshape(inputs[2], {inputs[2].dim(0), 1, 1});
+  return {y};
+}
+
 std::vector<Value> NormalizeNode(ComputationGraph& graph, const ComputationNode& node,
                                  std::span<const Value> inputs) {
   const Op* op = node.op;
@@ -159,12 +182,6 @@ std::vector<Value> NormalizeNode(ComputationGraph& graph, const ComputationNode&
     return zeros;
   }
   if (shape.elements() == 0) return {};
-  if (op == &kConv2dOp && IsPlain3x3(node, inputs[1]) && !empty(inputs[1])) {
-    Value small = EnlargedFrom(inputs[0]);
-    if (small.defined()) {
-      return {ConvolveEnlarged(small, inputs[1], inputs.size() == 3 ? inputs[2] : Value{})};
-    }
-  }
   bool contraction = op == &kMatMulOp || op == &kConv2dOp;
   if (contraction && inputs.size() == 3) {
     Value y = graph.EmitOne(*op, inputs.first(2), node.attrs);
@@ -196,7 +213,9 @@ std::vector<Value> NormalizeNode(ComputationGraph& graph, const ComputationNode&
   if (op == &kConv2dWeightGradientOp) {
     return {graph.EmitOne(*op, {PadImage(inputs[0], node.attrs), inputs[1]}, Unpadded(node.attrs))};
   }
-  if (op == &kConv2dInputGradientOp) return {InputGradient(graph, node, inputs[0], inputs[1])};
+  if (op == &kConv2dInputGradientOp) {
+    return {graph.EmitOne(kCorrelateOp, {PadGradient(node, inputs[0], inputs[1]), inputs[1]})};
+  }
   if (op == &kPadOp) {
     auto zero = [](int64_t n) { return n == 0; };
     const auto &low = node.attrs.Ints("low"), &high = node.attrs.Ints("high");
@@ -222,7 +241,7 @@ const Op kCorrelateOp{
     .reference =
         [](const RunContext& c) { RunCorrelate<double>(c, reference::Conv2dForward<double>); }};
 
-ComputationGraph Normalize(const ComputationGraph& graph) {
+ComputationGraph Normalize(const ComputationGraph& graph, const LowerOptions& options) {
   ComputationGraph current = Clone(graph);
   auto decomposable = [&] {
     return std::any_of(current.nodes().begin(), current.nodes().end(),
@@ -232,7 +251,9 @@ ComputationGraph Normalize(const ComputationGraph& graph) {
     Check<InternalError>(round < 8, "lowering: decompositions do not end");
     current = Rebuild(current, DecomposeNode);
   }
-  return Rebuild(Optimize(current), NormalizeNode);
+  current = Rebuild(Optimize(current), EnlargedNode);
+  if (options.winograd) current = Rebuild(current, WinogradNode);
+  return Rebuild(current, NormalizeNode);
 }
 
 }  // namespace calotype::jit

@@ -20,6 +20,7 @@ namespace jit {
 // y[b, c, i, j] = sum_{o, p, q} x[b, o, i + p, j + q] w[o, c, KH - 1 - p, KW - 1 - q]: the gradient
 // of a convolution's input, once dy has been padded (and, for a stride, spread with zeros).
 extern const Op kCorrelateOp;
+extern const Op kWinogradInputOp, kWinogradWeightOp, kWinogradOutputOp;  // lower_winograd.h
 
 inline bool IsLeaf(const ComputationNode& node) { return node.op->kind == OpKind::kLeaf; }
 inline bool IsTransparent(const ComputationNode& node) {
@@ -35,6 +36,10 @@ inline bool IsContraction(const ComputationNode& node) {
   const Op* op = node.op;
   return op == &kMatMulOp || op == &kConv2dOp || op == &kConv2dWeightGradientOp ||
          op == &kCorrelateOp;
+}
+// The last kernel of a convolution or matrix product, which elementwise readers join.
+inline bool EndsProduct(const ComputationNode& node) {
+  return IsContraction(node) || node.op == &kWinogradOutputOp;
 }
 inline bool IsAssembled(const ComputationNode& node) {
   return node.op == &kPadOp || node.op == &kConcatOp;

@@ -44,7 +44,8 @@ int ProgramBuilder::Constant(float value) {
   return Add({.op = Primitive::kConstant, .constant = value});
 }
 
-int ProgramBuilder::Append(const ScalarProgram& program, std::span<const int> arguments) {
+std::vector<int32_t> ProgramBuilder::AppendAll(const ScalarProgram& program,
+                                               std::span<const int> arguments) {
   std::vector<int> number(program.code.size());
   for (size_t i = 0; i < program.code.size(); ++i) {
     ScalarInstruction code = program.code[i];
@@ -58,7 +59,9 @@ int ProgramBuilder::Append(const ScalarProgram& program, std::span<const int> ar
     if (arity > 2) code.c = number[code.c];
     number[i] = Add(code);
   }
-  return number[program.results[0]];
+  std::vector<int32_t> results;
+  for (int32_t result : program.results) results.push_back(number[result]);
+  return results;
 }
 
 ScalarProgram ProgramBuilder::Finish(std::vector<int32_t> results) const {

@@ -27,7 +27,11 @@ class ProgramBuilder {
   int Reserved(int index);
   int Operand(const LoopOperand& operand);
   int Constant(float value);
-  int Append(const ScalarProgram& program, std::span<const int> arguments);
+  int Append(const ScalarProgram& program, std::span<const int> arguments) {
+    return AppendAll(program, arguments)[0];
+  }
+  // For a program of several results.
+  std::vector<int32_t> AppendAll(const ScalarProgram& program, std::span<const int> arguments);
 
   const std::vector<LoopOperand>& operands() const { return operands_; }
   ScalarProgram Finish(std::vector<int32_t> results) const;

@@ -61,6 +61,8 @@ void Lowering::LowerGroup(Group& group) {
     LowerReduce(group, label);
   } else if (IsContraction(node)) {
     LowerContraction(group, label);
+  } else if (node.op == &kWinogradOutputOp) {
+    LowerWinogradOutput(group, label);
   } else {
     LowerCall(group.anchor, label);
   }
