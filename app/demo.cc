@@ -42,10 +42,9 @@ void AddDemo(CLI::App& app, Selected& selected) {
     selected.run = [options, &selected] {
       DemoCallbacks callbacks;
       {
-        TrainingView view("train", selected.quiet);
-        SamplingView sampling("draw", selected.quiet);
-        callbacks.training = view.Callbacks();
-        callbacks.sampling = sampling.Callbacks();
+        ProgressBar train("train", selected.quiet), draw("draw", selected.quiet);
+        callbacks.training = ShowTraining(train);
+        callbacks.sampling = ShowSampling(draw);
         DemoSummary summary = RunDemo(*options, callbacks);
         fmt::print("{}", summary.ToJson());
       }

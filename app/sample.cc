@@ -40,8 +40,8 @@ void Run(Command& command, bool quiet) {
     }
   }
   auto pipeline = TextToImagePipeline::Load(command.model, ParseBackend(command.backend));
-  SamplingView view("draw", quiet);
-  std::vector<Image> pictures = TensorToImages(pipeline->Generate(options, view.Callbacks()));
+  ProgressBar bar("draw", quiet);
+  std::vector<Image> pictures = TensorToImages(pipeline->Generate(options, ShowSampling(bar)));
   for (size_t i = 0; i < pictures.size(); ++i) {
     std::filesystem::path path = PathOf(command.out, i, pictures.size());
     std::vector<PngText> texts{{"parameters", GenerationParameters(options, i, pictures[i].width)}};

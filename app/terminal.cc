@@ -41,10 +41,7 @@ std::string FormatDuration(double seconds) {
 }
 
 ProgressBar::ProgressBar(std::string title, bool quiet)
-    : title_(std::move(title)),
-      quiet_(quiet),
-      terminal_(isatty(STDERR_FILENO)),
-      start_(Clock::now()) {}
+    : title_(std::move(title)), quiet_(quiet), terminal_(isatty(STDERR_FILENO)) {}
 
 ProgressBar::~ProgressBar() {
   if (drawn_) fputc('\n', stderr);
@@ -62,15 +59,19 @@ void ProgressBar::Message(const std::string& text) {
   fmt::print(stderr, "{}\n", text);
 }
 
-void ProgressBar::Update(int64_t done, int64_t total, const std::string& text, int64_t first) {
+void ProgressBar::Update(int64_t done, int64_t total, const std::string& text) {
   if (quiet_) return;
   auto now = Clock::now();
   auto interval = terminal_ ? std::chrono::milliseconds(100) : std::chrono::milliseconds(10000);
-  bool shown_before = last_ != Clock::time_point();
-  if (shown_before && done < total && now - last_ < interval) return;
+  if (first_ < 0) {
+    first_ = done;
+    start_ = now;
+  } else if (done < total && now - last_ < interval) {
+    return;
+  }
   last_ = now;
   double seconds = std::chrono::duration<double>(now - start_).count();
-  double pace = done > first ? seconds / static_cast<double>(done - first) : NAN;
+  double pace = done > first_ ? seconds / static_cast<double>(done - first_) : NAN;
   std::string speed = std::isnan(pace) ? "?"
                       : pace >= 1      ? fmt::format("{:.2f}s/it", pace)
                                        : fmt::format("{:.2f}it/s", 1 / pace);

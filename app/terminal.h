@@ -21,8 +21,8 @@ class ProgressBar {
   ~ProgressBar();
   ProgressBar(const ProgressBar&) = delete;
 
-  // `first` steps were done before this run and do not count for speed.
-  void Update(int64_t done, int64_t total, const std::string& text, int64_t first = 0);
+  // The clock for speed and time left starts at the first call.
+  void Update(int64_t done, int64_t total, const std::string& text);
   // A line of its own, above the bar.
   void Message(const std::string& text);
 
@@ -32,6 +32,7 @@ class ProgressBar {
 
   std::string title_;
   bool quiet_, terminal_, drawn_ = false;
+  int64_t first_ = -1;  // done at the first call
   Clock::time_point start_, last_;
 };
 

@@ -38,8 +38,8 @@ struct Command {
 };
 
 void Run(Command& command, bool quiet) {
-  TrainingView view("train", quiet);
-  TrainCallbacks callbacks = view.Callbacks();
+  ProgressBar bar("train", quiet);
+  TrainCallbacks callbacks = ShowTraining(bar);
   TrainOptions options = command.options;
   if (command.resume) {
     std::set<std::string> chosen;

@@ -260,7 +260,7 @@ TrainResult Trainer::Run() {
           {"gradient_norm", step.gradient_norm},
           {"seconds", seconds()}});
     if (callbacks_.progress) {
-      callbacks_.progress({step_, options_.max_train_steps, first_step_, step.loss, MeanLoss(),
+      callbacks_.progress({step_, options_.max_train_steps, step.loss, MeanLoss(),
                            step.learning_rate, step.gradient_norm, seconds()});
     }
     if (due(options_.checkpointing_steps)) {

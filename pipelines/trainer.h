@@ -30,7 +30,6 @@ namespace calotype {
 
 struct TrainProgress {
   int64_t step = 0, steps = 0;     // done, of how many
-  int64_t first_step = 0;          // where this run began (resume)
   double loss = 0, mean_loss = 0;  // of this step, and of the last 50
   double learning_rate = 0, gradient_norm = 0;
   double seconds = 0;  // since this run began
@@ -96,7 +95,7 @@ class Trainer {
   std::map<int64_t, std::unique_ptr<GraphRunner>> validation_;  // by batch size
   std::unique_ptr<TextToImagePipeline> sampler_;
   std::FILE* metrics_ = nullptr;
-  int64_t step_ = 0, first_step_ = 0;
+  int64_t step_ = 0, first_step_ = 0;  // done; done when this run began
   std::vector<double> recent_losses_;  // at most 50
   double compile_seconds_ = 0;
 };
