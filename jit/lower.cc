@@ -291,6 +291,12 @@ void Lowering::UpdateInPlace() {
   std::vector<Step>& steps = program_.steps;
   size_t first = steps.size();
   while (first > 0 && steps[first - 1].label.starts_with("update ")) --first;
+  std::vector<std::vector<std::pair<int, bool>>> uses(program_.buffers.size());  // (step, written)
+  for (size_t s = 0; s < steps.size(); ++s) {
+    ForEachOperand(steps[s].spec, [&](const Operand& operand, bool written) {
+      uses[steps[s].buffers[operand.pointer]].emplace_back(static_cast<int>(s), written);
+    });
+  }
   for (size_t u = first; u < steps.size(); ++u) {
     const auto& copy = std::get<LoopSpec>(steps[u].spec);
     int from = steps[u].buffers[copy.inputs[0].pointer];
@@ -304,19 +310,15 @@ void Lowering::UpdateInPlace() {
     }
     int writer = -1, last_read = -1;
     bool fits = true;
-    for (size_t s = 0; s < steps.size(); ++s) {
-      if (s == u) continue;
-      ForEachOperand(steps[s].spec, [&](const Operand& operand, bool written) {
-        int used = steps[s].buffers[operand.pointer];
-        if (used == from && written) {
-          fits = fits && (writer < 0 || writer == static_cast<int>(s));
-          writer = static_cast<int>(s);
-        }
-        if (used == to) {
-          fits = fits && !written;
-          last_read = static_cast<int>(s);
-        }
-      });
+    for (auto [s, written] : uses[from]) {
+      if (!written) continue;
+      fits = fits && (writer < 0 || writer == s);
+      writer = s;
+    }
+    for (auto [s, written] : uses[to]) {
+      if (s == static_cast<int>(u)) continue;
+      fits = fits && !written;
+      last_read = std::max(last_read, s);
     }
     if (!fits || writer < 0 || last_read > writer) continue;
     if (last_read == writer) {
@@ -349,13 +351,14 @@ void Lowering::UpdateInPlace() {
       }
       if (!fits) continue;
     }
-    for (Step& step : steps) {
-      for (int& used : step.buffers) {
+    for (auto [s, written] : uses[from]) {
+      for (int& used : steps[s].buffers) {
         if (used == from) used = to;
       }
-      for (auto& [value, view] : step.results) {
+      for (auto& [value, view] : steps[s].results) {
         if (view.buffer == from) view.buffer = to;
       }
+      if (s != static_cast<int>(u)) uses[to].emplace_back(s, written);
     }
     steps[u].buffers.clear();  // marks it as dropped
     --program_.copies;
