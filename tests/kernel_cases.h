@@ -43,7 +43,8 @@ struct BufferPlan {
   int64_t most_integer = 4;  // values are integers in [-most, most]; 0: normal numbers
   int64_t least_integer = -4;
   bool plain = false;  // normal numbers only, no special values
-  bool mask = false;   // 0, -1 or -inf
+  // If positive: 0, -1 or -inf, and -inf in all of every third row of so many elements.
+  int64_t mask_row = 0;
 };
 
 // A specification under test and the buffers that its operands name.
@@ -196,8 +197,12 @@ inline void Fill(Rng& rng, const BufferPlan& plan, void* data) {
       static_cast<int32_t*>(data)[i] = static_cast<int32_t>(integer);
     } else if (plan.dtype == DType::kI64) {
       static_cast<int64_t*>(data)[i] = integer;
-    } else if (plan.mask) {
-      static_cast<float*>(data)[i] = rng.Chance(0.5) ? 0 : rng.Chance(0.5) ? -1 : -INFINITY;
+    } else if (plan.mask_row > 0) {
+      bool closed = i / plan.mask_row % 3 == 1;
+      static_cast<float*>(data)[i] = closed            ? -INFINITY
+                                     : rng.Chance(0.5) ? 0
+                                     : rng.Chance(0.5) ? -1
+                                                       : -INFINITY;
     } else if (plan.plain) {
       static_cast<float*>(data)[i] = rng.Normal();
     } else if (plan.most_integer > 0) {
@@ -528,7 +533,7 @@ inline Case Attention(const AttentionCase& c) {
                             0});
   }
   for (BufferPlan& plan : test.buffers) plan.plain = true;
-  if (c.mask > 0) test.buffers.back().mask = true;
+  if (c.mask > 0) test.buffers.back().mask_row = c.keys;
   test.spec = s;
   return test;
 }

@@ -12,6 +12,7 @@
 #include <sstream>
 
 #include "core/error.h"
+#include "jit/contraction_plan.h"
 #include "jit/orc.h"
 #include "tests/kernel_cases.h"
 
@@ -63,6 +64,43 @@ TEST_P(KernelTest, LoopsAgreeWithEvaluate) {
   Check<LoopSpec>(cases, 2);
 }
 
+// Combinations that LLVM's simplifications have got wrong or might: max(|x|, 0) came out as
+// x > 0 ? |x| : 0.
+TEST_P(KernelTest, NestedPrimitivesKeepTheirMeaning) {
+  using namespace scalar;
+  using Function = Sym (*)(Sym, Sym);
+  const Function inner[] = {[](Sym x, Sym) { return Fabs(x); },
+                            [](Sym x, Sym) { return -x; },
+                            [](Sym x, Sym) { return -Fabs(x); },
+                            [](Sym x, Sym) { return Floor(x); },
+                            [](Sym x, Sym y) { return Where(LessThan(x, y), x, y); },
+                            [](Sym x, Sym y) { return Max(x, y); },
+                            [](Sym x, Sym y) { return Min(Fabs(x), y); }};
+  const Function outer[] = {[](Sym x, Sym y) { return Max(x, y); },
+                            [](Sym x, Sym y) { return Min(x, y); },
+                            [](Sym x, Sym y) { return Max(y, x); },
+                            [](Sym x, Sym y) { return Where(EqualTo(x, x), x, y); },
+                            [](Sym x, Sym y) { return Where(LessEqual(y, x), x, -x); },
+                            [](Sym x, Sym y) { return Where(x, Fabs(x), y); }};
+  std::vector<Case> cases;
+  for (Function f : inner) {
+    for (Function g : outer) {
+      for (int second = 0; second < 3; ++second) {  // 0, 1, or another input
+        LoopSpec s;
+        s.extents = {500};
+        s.inputs = {{0, DType::kF32, 0, {1}}, {1, DType::kF32, 0, {1}}};
+        s.outputs = {{2, DType::kF32, 0, {1}}};
+        s.program = Recorded(2, [&](auto& in) {
+          Sym y = second < 2 ? Constant(in[0], second) : in[1];
+          return g(f(in[0], y), y);
+        });
+        cases.push_back({s, std::deque<BufferPlan>(3, {DType::kF32, 500, 0}), {}});
+      }
+    }
+  }
+  Check<LoopSpec>(cases, 18);
+}
+
 TEST_P(KernelTest, Transposes) {
   Rng rng(3);
   std::vector<Case> cases;
@@ -85,6 +123,42 @@ TEST_P(KernelTest, Transposes) {
     }
   }
   Check<LoopSpec>(cases, 4);
+}
+
+// Short inner dimensions with operands that repeat along them or around them: groups of channels.
+TEST_P(KernelTest, Groups) {
+  std::vector<Case> loops, sums;
+  for (int64_t group : {2, 3, 4, 5, 8, 10, 12, 20, 40}) {
+    for (int64_t groups : {1, 4, 7, 32}) {
+      int64_t channels = group * groups, pixels = 9;
+      std::deque<BufferPlan> buffers = {{DType::kF32, 2 * pixels * channels},
+                                        {DType::kF32, 2 * groups},
+                                        {DType::kF32, group},
+                                        {DType::kF32, channels},
+                                        {DType::kF32, 2 * pixels * channels}};
+      LoopSpec s;
+      s.extents = {2, pixels, groups, group};
+      s.inputs = {{0, DType::kF32, 0, {pixels * channels, channels, group, 1}},
+                  {1, DType::kF32, 0, {groups, 0, 1, 0}},
+                  {2, DType::kF32, 0, {0, 0, 0, 1}},
+                  {3, DType::kF32, 0, {0, 0, group, 1}}};
+      s.program = Recorded(4, [](auto& in) { return (in[0] - in[1]) * in[2] + in[3]; });
+      s.outputs = {{4, DType::kF32, 0, s.inputs[0].strides}};
+      loops.push_back({s, buffers, {}});
+      ReduceSpec r;
+      r.extents = {2, groups};
+      r.reduced = {pixels, group};
+      for (Operand input : s.inputs) {
+        std::swap(input.strides[1], input.strides[2]);
+        r.inputs.push_back(input);
+      }
+      r.program = s.program;
+      r.epilogue = {Identity(), {}, {{4, DType::kF32, 0, {groups, 1}}}};
+      sums.push_back({r, buffers, {}});
+    }
+  }
+  Check<LoopSpec>(loops, 16);
+  Check<ReduceSpec>(sums, 17);
 }
 
 TEST_P(KernelTest, IntegerCopiesKeepAllBits) {
@@ -132,7 +206,21 @@ TEST_P(KernelTest, ContractionsAreExactOnIntegers) {
   cases.push_back(Convolution(rng, 1, 4, 4, 5, 3, 8, 1, 1));
   cases.push_back(WeightGradient(8, 16, 5, 33, false));
   cases.push_back(WeightGradient(32, 8, 14, 20, true));
+  cases.push_back(MatrixProduct(rng, 220, 16, 3500, true));
   cases.push_back(MatrixProduct(rng, 9, 40, 3500, true));
+  // The cases reach the special forms of the plan.
+  int parts_of_cut_sums = 0, lanes_along_sums = 0, parts = 0;
+  for (const Case& test : cases) {
+    ContractionPlan plan = PlanContraction(std::get<ContractionSpec>(test.spec), target());
+    parts_of_cut_sums += plan.sum_blocks > 0 && plan.block > 0;
+    parts += plan.sum_blocks == 0 && plan.block > 0;
+    lanes_along_sums += plan.lane < 0;
+  }
+  EXPECT_GT(parts, 0);
+  EXPECT_GT(lanes_along_sums, 0);
+  if (target().vector_width >= 8) {
+    EXPECT_GT(parts_of_cut_sums, 0);
+  }
   Check<ContractionSpec>(cases, 8);
 }
 
