@@ -31,10 +31,7 @@ TrainOptions DemoTrainOptions(const DemoOptions& options) {
     Check(options.optimizer == "adamw", "demo: the optimizer is `{}`, must be adamw or sgd",
           options.optimizer);
   }
-  if (options.steps > 0) {
-    train.max_train_steps = options.steps;
-    train.lr_warmup_steps = std::min(train.lr_warmup_steps, options.steps / 10);
-  }
+  if (options.steps > 0) train.max_train_steps = options.steps;
   return train;
 }
 

@@ -40,7 +40,7 @@ void Validate(const TrainOptions& o) {
   in_range("train_batch_size", static_cast<double>(o.train_batch_size), 1, 65536);
   in_range("max_train_steps", static_cast<double>(o.max_train_steps), 1, 1e9);
   in_range("learning_rate", o.learning_rate, 0, 1000);
-  in_range("lr_warmup_steps", static_cast<double>(o.lr_warmup_steps), 0, 1e9);
+  in_range("lr_warmup_steps", static_cast<double>(o.lr_warmup_steps), -1, 1e9);
   in_range("adam_beta1", o.adam_beta1, 0, 1);
   in_range("adam_beta2", o.adam_beta2, 0, 1);
   in_range("adam_epsilon", o.adam_epsilon, 0, 1);

@@ -31,7 +31,7 @@ struct TrainOptions {
   std::string optimizer = "adamw";
   double learning_rate = 2e-3;
   std::string lr_scheduler = "cosine";
-  int64_t lr_warmup_steps = 100;
+  int64_t lr_warmup_steps = -1;
   double adam_beta1 = 0.9, adam_beta2 = 0.999, adam_epsilon = 1e-8;
   double weight_decay = 0.01;
   double momentum = 0.9;
@@ -67,7 +67,8 @@ struct TrainOptions {
     f("optimizer", o.optimizer, "adamw, adam or sgd", false);
     f("learning_rate", o.learning_rate, "Peak learning rate", false);
     f("lr_scheduler", o.lr_scheduler, "constant, linear or cosine, after the warm-up", false);
-    f("lr_warmup_steps", o.lr_warmup_steps, "Steps in which the rate rises from 0", false);
+    f("lr_warmup_steps", o.lr_warmup_steps,
+      "Steps in which the rate rises from 0; -1: a tenth of all steps, at most 100", false);
     f("adam_beta1", o.adam_beta1, "Decay of the first moment", false);
     f("adam_beta2", o.adam_beta2, "Decay of the second moment", false);
     f("adam_epsilon", o.adam_epsilon, "Added to the root of the second moment", false);

@@ -58,11 +58,13 @@ Optimizer::Rule RuleOf(const TrainOptions& o) {
 }
 
 LearningRateSchedule RateOf(const TrainOptions& o) {
+  int64_t warmup = o.lr_warmup_steps;
+  if (warmup < 0) warmup = std::min<int64_t>(100, o.max_train_steps / 10);
   std::string name = o.lr_scheduler;
-  if (name == "constant" && o.lr_warmup_steps > 0) name = "constant_with_warmup";
+  if (name == "constant" && warmup > 0) name = "constant_with_warmup";
   return {.name = name,
           .learning_rate = o.learning_rate,
-          .warmup_steps = o.lr_warmup_steps,
+          .warmup_steps = warmup,
           .total_steps = o.max_train_steps};
 }
 
@@ -97,6 +99,7 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
       schedule_(model.scheduler()),
       batches_(data, CaptionTokens(model, data), BatchOptions(options)),
       rate_(RateOf(options)) {
+  rate_.At(0);  // a bad schedule is an error before the folder is made
   Check(data.side() == model.side(), "training: the pictures have {} pixels a side, the model {}",
         data.side(), model.side());
   optimizer_ = std::make_unique<Optimizer>(RuleOf(options_), model_.NamedParameters(),
