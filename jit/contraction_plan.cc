@@ -162,7 +162,10 @@ class CostModel {
       if (stride != 0) traffic += 0.5 * (count / static_cast<double>(lane < 0 ? 1 : vectors) - 1);
     }
     // Eight independent chains hide the latency of a multiply-add.
-    double step = std::max({elements * (target_.fma ? 1.0 : 1.5), loads, 8.0}) + traffic;
+    double step = std::max({elements, loads, 8.0}) + traffic;
+    // Without fused multiply-add (SSE) decoding limits: product, sum and a copy for each element,
+    // two instructions for each broadcast.
+    if (!target_.fma) step = 1.5 * elements + loads + traffic;
     double steps = depth_;
     if (lane < 0) {
       double extent = static_cast<double>(std::max<int64_t>(along.extent, 1));
