@@ -34,6 +34,7 @@ struct Command {
   TrainOptions options;
   std::filesystem::path folder;
   bool resume = false;
+  std::string resume_from;
   std::map<std::string, CLI::Option*> given;
 };
 
@@ -41,6 +42,7 @@ void Run(Command& command, bool quiet) {
   ProgressBar bar("train", quiet);
   TrainCallbacks callbacks = ShowTraining(bar);
   TrainOptions options = command.options;
+  command.resume |= !command.resume_from.empty();
   if (command.resume) {
     std::set<std::string> chosen;
     for (const auto& [name, option] : command.given) {
@@ -82,8 +84,12 @@ void AddTrain(CLI::App& app, Selected& selected) {
       ->add_option("-o,--out,--output,--output-dir", command->folder,
                    "Run folder: model, checkpoints, metrics.jsonl, samples")
       ->required();
-  train->add_flag("--resume,--resume-from-checkpoint", command->resume,
+  train->add_flag("--resume", command->resume,
                   "Continue the run in the folder from its newest checkpoint");
+  train
+      ->add_option("--resume-from-checkpoint", command->resume_from,
+                   "The same, as diffusers' scripts spell it")
+      ->check(CLI::IsMember({"latest"}));
   TrainOptions::Visit(command->options, [&](const char* name, auto& field, const char* help, bool) {
     std::string flag = "--" + std::string(name);
     std::replace(flag.begin(), flag.end(), '_', '-');

@@ -47,6 +47,7 @@ struct TrainOptions {
   int64_t checkpoints_total_limit = 2;
   int64_t validation_steps = 100;
   int64_t sample_steps = 250;
+  std::string validation_prompt;
 
   // Calls f(name, field, help, resumable) for each field; `resumable` fields may change on resume.
   template <class Options, class F>
@@ -91,6 +92,8 @@ struct TrainOptions {
     f("validation_steps", o.validation_steps, "Steps between validation losses; 0: only at the end",
       true);
     f("sample_steps", o.sample_steps, "Steps between sample pictures; 0: none", true);
+    f("validation_prompt", o.validation_prompt,
+      "Prompt of the sample pictures; empty: captions of the data", true);
   }
 };
 

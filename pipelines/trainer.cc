@@ -1,9 +1,15 @@
 #include "pipelines/trainer.h"
 
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -42,6 +48,18 @@ class AveragedWeights {
  private:
   Ema* ema_;
 };
+
+// Holds `folder` for this process as long as the result lives. Errors: FileError if another one
+// does.
+std::shared_ptr<void> LockFolder(const fs::path& folder) {
+  fs::path path = folder / ".lock";
+  int file = open(path.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0644);
+  Check<FileError>(file >= 0, "{}: cannot be opened: {}", path.string(), std::strerror(errno));
+  std::shared_ptr<void> lock(nullptr, [file](void*) { close(file); });
+  Check<FileError>(flock(file, LOCK_EX | LOCK_NB) == 0,
+                   "{}: another process is training in this folder", folder.string());
+  return lock;
+}
 
 Optimizer::Rule RuleOf(const TrainOptions& o) {
   if (o.optimizer == "sgd") return Sgd{.momentum = o.momentum, .weight_decay = o.weight_decay};
@@ -107,6 +125,9 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
   if (options_.ema_decay > 0)
     ema_ = std::make_unique<Ema>(EmaOptions{.decay = options_.ema_decay}, model_.NamedParameters());
   if (resume) {
+    Check<FileError>(fs::exists(folder_ / "train.json"), "{}: there is no run to resume",
+                     folder_.string());
+    lock_ = LockFolder(folder_);
     Resume();
   } else {
     Check(!fs::exists(folder_ / "train.json"),
@@ -115,6 +136,7 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
     std::error_code error;
     fs::create_directories(folder_ / "checkpoints", error);
     Check<FileError>(!error, "{}: cannot make the folder: {}", folder_.string(), error.message());
+    lock_ = LockFolder(folder_);
     WriteFile(folder_ / "train.json", ToJson(options_));
   }
   OpenMetrics();
@@ -326,9 +348,11 @@ void Trainer::WriteSamples() {
   AveragedWeights averaged(ema_.get());
   GenerateOptions options;
   options.steps = std::min(kSampleSteps, options_.num_train_timesteps);
-  int64_t count = std::min(kSamples, data_.size());
+  int64_t count = options_.validation_prompt.empty() ? std::min(kSamples, data_.size()) : kSamples;
   for (int64_t i = 0; i < count; ++i) {
-    options.prompts.push_back(data_.caption(i * data_.size() / count));
+    options.prompts.push_back(options_.validation_prompt.empty()
+                                  ? data_.caption(i * data_.size() / count)
+                                  : options_.validation_prompt);
     options.seeds.push_back(options_.seed + static_cast<uint64_t>(i));
   }
   std::vector<Image> pictures = TensorToImages(sampler_->Generate(options));

@@ -94,6 +94,7 @@ class Trainer {
   std::unique_ptr<GraphRunner> runner_;
   std::map<int64_t, std::unique_ptr<GraphRunner>> validation_;  // by batch size
   std::unique_ptr<TextToImagePipeline> sampler_;
+  std::shared_ptr<void> lock_;  // of the folder
   std::FILE* metrics_ = nullptr;
   int64_t step_ = 0, first_step_ = 0;  // done; done when this run began
   std::vector<double> recent_losses_;  // at most 50

@@ -14,6 +14,7 @@
 
 #include "core/parallel.h"
 #include "io/checkpoint.h"
+#include "io/png.h"
 #include "io/safetensors.h"
 #include "io/shapes.h"
 #include "pipelines/text_to_image.h"
@@ -305,6 +306,26 @@ TEST_F(TrainerTest, ContinuingWithOtherOptionsIsAnError) {
 TEST_F(TrainerTest, AFolderWithARunIsNotOverwritten) {
   Train("run");
   EXPECT_THAT(ErrorOf<ValueError>([&] { Train("run"); }), HasSubstr("--resume"));
+}
+
+TEST_F(TrainerTest, TwoRunsInOneFolderAreAnError) {
+  auto data = OpenDataset(options_, {});
+  auto model = MakeModel(options_, *data);
+  Trainer first(*model, *data, options_, Folder("run"));
+  EXPECT_THAT(ErrorOf<FileError>([&] { Train("run", true); }), HasSubstr("another process"));
+}
+
+TEST_F(TrainerTest, SamplePicturesCarryTheirPrompts) {
+  options_.sample_steps = 6;
+  options_.max_train_steps = 7;
+  options_.validation_prompt = "a large blue cross on a gray background";
+  Train("run");
+  for (const char* name : {"step-00000006.png", "step-00000007.png"}) {
+    std::vector<PngText> texts;
+    ReadPng(Folder("run") / "samples" / name, &texts);
+    ASSERT_EQ(texts.size(), 1u);
+    EXPECT_THAT(texts[0].text, HasSubstr("a large blue cross on a gray background\nSteps: 25"));
+  }
 }
 
 TEST_F(TrainerTest, NumbersThatAreNotFiniteStopTheRunAndKeepTheCheckpoint) {
