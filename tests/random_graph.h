@@ -283,7 +283,21 @@ class RandomGraphBuilder {
       Add(MatMul(x, Leaf(Shape(dims)) * scale, ta, tb, bias), false);
       return;
     }
+    if (Chance(15)) {  // large enough for Winograd's convolution
+      Value w = Leaf({24 + Below(3), 24, 3, 3}) * 0.07f;
+      Value bias = Chance(50) ? Leaf({w.dim(0)}) : Value{};
+      Value y = Conv2d(Fit(x, {2, 24, 12, 12}), w, bias, Conv2dOptions::Padded(1, 1));
+      Add(Slice(y, 1, Below(8), 16), false);
+      return;
+    }
     x = Ranked(x, 4);
+    if (Chance(15) && x.shape().elements() < 2000) {
+      x = ResizeNearest(x, 2 * x.dim(2), 2 * x.dim(3));
+      Value w =
+          Leaf({Any(kOut), x.dim(1), 3, 3}) * (1 / std::sqrt(9.0f * static_cast<float>(x.dim(1))));
+      Add(Conv2d(x, w, {}, Conv2dOptions::Padded(1, 1)), false);
+      return;
+    }
     Conv2dOptions options;
     options.stride = Chance(70) ? 1 : 2;
     int64_t kh = 1 + Below(3), kw = Chance(70) ? kh : 1 + Below(3);
@@ -364,6 +378,13 @@ class RandomGraphBuilder {
         return;
       }
       default: {
+        if (Chance(40)) {
+          result_.inputs.push_back(
+              Tensor::From({1}, std::vector<int64_t>{random_.Integer(1 << 30)}));
+          Value seed = graph().Input(fmt::format("s{}", leaf_++), TensorType{DType::kI64, {1}});
+          Add(PhiloxUniform(seed, RandomShape(), Below(5)), true);
+          return;
+        }
         Value index = Indices(RandomShape(), 50);
         Add(Cast(index) * 0.02f, true);
         return;
