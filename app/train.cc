@@ -59,9 +59,7 @@ void Run(Command& command, bool quiet) {
                                 options.train_batch_size));
   TrainResult result =
       Trainer(*model, *data, options, command.folder, command.resume, callbacks).Run();
-  std::string validation = result.validation_loss
-                               ? fmt::format(", validation loss {:.4f}", *result.validation_loss)
-                               : "";
+  std::string validation = result.validation ? ", " + result.validation->ToString() : "";
   callbacks.message(
       fmt::format("{} steps in {}, loss {:.4f}{}; try: calotype sample --model {} --prompt \"{}\"",
                   result.steps, FormatDuration(result.seconds), result.final_loss, validation,

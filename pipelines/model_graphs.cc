@@ -9,15 +9,23 @@ TensorType Tokens(const DiffusionModel& model, int64_t batch) {
   return {DType::kI64, {batch, model.caption_tokens()}};
 }
 
-// Declares the inputs of LossGraph and returns the loss.
+// Declares the inputs of LossGraph and returns the loss; sets *noise_loss, if asked for, to the
+// error of the noise that the prediction implies (undefined for models that predict the sample).
 Value ExportLoss(ComputationGraph& graph, DiffusionModel& model, const NoiseSchedule& schedule,
-                 int64_t batch) {
+                 int64_t batch, Value* noise_loss = nullptr) {
   Shape pictures{batch, model.channels(), model.side(), model.side()};
   Value images = graph.Input("images", pictures), noise = graph.Input("noise", pictures);
   Value timesteps = graph.Input("timesteps", {DType::kI64, {batch}});
   Value tokens = graph.Input("tokens", Tokens(model, batch));
   return DenoisingLoss(schedule, images, noise, timesteps, [&](Value noisy) {
-    return model.Denoise(noisy, timesteps, model.Encode(tokens));
+    Value prediction = model.Denoise(noisy, timesteps, model.Encode(tokens));
+    if (noise_loss && schedule.prediction_type() == PredictionType::kEpsilon) {
+      *noise_loss = MeanSquaredError(prediction, noise);
+    } else if (noise_loss && schedule.prediction_type() == PredictionType::kVelocity) {
+      // With x_t = s x + r n and v = s n - r x (s^2 + r^2 = 1), n = s v + r x_t.
+      *noise_loss = MeanSquaredError(schedule.AddNoise(prediction, noisy, timesteps), noise);
+    }
+    return prediction;
   });
 }
 
@@ -45,7 +53,9 @@ ComputationGraph UNetGraph(DiffusionModel& model, int64_t batch, int64_t side) {
 ComputationGraph LossGraph(DiffusionModel& model, const NoiseSchedule& schedule, int64_t batch) {
   model.SetTrainingMode(false);
   ComputationGraph graph;
-  graph.Output("loss", ExportLoss(graph, model, schedule, batch));
+  Value noise_loss;
+  graph.Output("loss", ExportLoss(graph, model, schedule, batch, &noise_loss));
+  if (noise_loss.defined()) graph.Output("noise_loss", noise_loss);
   return graph;
 }
 

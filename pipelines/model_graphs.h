@@ -19,8 +19,10 @@ ComputationGraph EncoderGraph(DiffusionModel& model, int64_t batch);
 // Inputs sample [batch, C, side, side], timestep i64 [batch], encoder_hidden_states [batch, L, D];
 // output out. side 0: the model's.
 ComputationGraph UNetGraph(DiffusionModel& model, int64_t batch, int64_t side = 0);
-// Inputs images, noise [batch, C, side, side], timesteps i64 [batch], tokens i64 [batch, L]; output
-// loss: how well the prediction for the noisy pictures meets the schedule's target.
+// Inputs images, noise [batch, C, side, side], timesteps i64 [batch], tokens i64 [batch, L].
+// Outputs loss: how well the prediction for the noisy pictures meets the schedule's target; and,
+// unless the model predicts the sample, noise_loss: the mean squared error of the noise that the
+// prediction implies, by which models of different prediction types compare.
 ComputationGraph LossGraph(DiffusionModel& model, const NoiseSchedule& schedule, int64_t batch);
 // LossGraph with gradients and updates: see ExportTrainingStep.
 ComputationGraph TrainingStepGraph(DiffusionModel& model, const NoiseSchedule& schedule,

@@ -110,7 +110,7 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
                  fs::path folder, bool resume, TrainCallbacks callbacks)
     : model_(model),
       data_(data),
-      options_((Validate(options), options)),
+      options_((calotype::Validate(options), options)),
       folder_(std::move(folder)),
       callbacks_(std::move(callbacks)),
       backend_(ParseBackend(options.backend)),
@@ -240,6 +240,11 @@ double Trainer::MeanLoss() const {
   return recent_losses_.empty() ? 0 : sum / static_cast<double>(recent_losses_.size());
 }
 
+std::string ValidationLosses::ToString() const {
+  std::string noise = noise_loss ? fmt::format(", of the noise {:.4f}", *noise_loss) : "";
+  return fmt::format("validation loss {:.4f}{}", loss, noise);
+}
+
 TrainResult Trainer::Run() {
   auto start = std::chrono::steady_clock::now();
   auto seconds = [&] {
@@ -256,9 +261,12 @@ TrainResult Trainer::Run() {
   };
   auto validate = [&] {
     if (batches_.validation_captions() == 0) return;
-    result.validation_loss = ValidationLoss();
-    line({{"step", step_}, {"validation_loss", *result.validation_loss}});
-    Message(fmt::format("step {}: validation loss {:.4f}", step_, *result.validation_loss));
+    result.validation = Validate();
+    ordered_json record = {{"step", step_}, {"validation_loss", result.validation->loss}};
+    if (result.validation->noise_loss)
+      record["validation_noise_loss"] = *result.validation->noise_loss;
+    line(record);
+    Message(fmt::format("step {}: {}", step_, result.validation->ToString()));
   };
 
   while (step_ < options_.max_train_steps) {
@@ -306,9 +314,9 @@ TrainResult Trainer::Run() {
   return result;
 }
 
-double Trainer::ValidationLoss() {
+ValidationLosses Trainer::Validate() {
   AveragedWeights averaged(ema_.get());
-  double sum = 0, count = 0;
+  double loss = 0, noise_loss = 0, count = 0;
   for (const Batch& batch : batches_.ValidationBatches()) {
     int64_t size = batch.images.shape()[0];
     auto& runner = validation_[size];
@@ -316,10 +324,14 @@ double Trainer::ValidationLoss() {
       runner = std::make_unique<GraphRunner>(LossGraph(model_, schedule_, size), backend_);
       compile_seconds_ += runner->compile_seconds();
     }
-    sum += runner->Run(InputsOf(batch))[0].Item() * static_cast<double>(size);
+    std::vector<Tensor> outputs = runner->Run(InputsOf(batch));
+    loss += outputs[0].Item() * static_cast<double>(size);
+    noise_loss += outputs.size() > 1 ? outputs[1].Item() * static_cast<double>(size) : NAN;
     count += static_cast<double>(size);
   }
-  return sum / count;
+  ValidationLosses losses{.loss = loss / count, .noise_loss = std::nullopt};
+  if (!std::isnan(noise_loss)) losses.noise_loss = noise_loss / count;
+  return losses;
 }
 
 void Trainer::WriteState() {

@@ -41,10 +41,17 @@ struct TrainCallbacks {
   std::function<bool()> cancelled;                  // asked before each step
 };
 
+// Mean losses on the held-out captions; see LossGraph.
+struct ValidationLosses {
+  double loss = 0;
+  std::optional<double> noise_loss;
+  std::string ToString() const;
+};
+
 struct TrainResult {
   int64_t steps = 0;
-  double final_loss = 0;                  // mean of the last 50 steps
-  std::optional<double> validation_loss;  // if captions are held out
+  double final_loss = 0;                       // mean of the last 50 steps
+  std::optional<ValidationLosses> validation;  // if captions are held out
   double seconds = 0, compile_seconds = 0;
 };
 
@@ -64,8 +71,8 @@ class Trainer {
   TrainResult Run();
 
   int64_t step() const { return step_; }
-  // Mean loss on the held-out captions with fixed noise and timesteps, with the averaged weights.
-  double ValidationLoss();
+  // Losses on the held-out captions with fixed noise and timesteps, with the averaged weights.
+  ValidationLosses Validate();
 
  private:
   struct StepResult {

@@ -233,8 +233,37 @@ TEST_F(TrainerTest, TheLossFalls) {
     early += losses[static_cast<size_t>(i)] / 10, late += losses[static_cast<size_t>(90 + i)] / 10;
   EXPECT_LT(late, 0.85 * early);
   EXPECT_EQ(result.steps, 100);
-  ASSERT_TRUE(result.validation_loss.has_value());
-  EXPECT_LT(*result.validation_loss, early);
+  ASSERT_TRUE(result.validation.has_value());
+  EXPECT_LT(result.validation->loss, early);
+}
+
+// A model whose U-Net outputs 0: its v is 0, so it implies the noise sqrt(1 - alpha_bar) x_t.
+TEST_F(TrainerTest, TheNoiseLossOfAVelocityModelIsThatOfItsImpliedNoise) {
+  auto data = OpenDataset(options_, {});
+  auto model = MakeModel(options_, *data);
+  for (const char* name : {"unet.conv_out.weight", "unet.conv_out.bias"}) {
+    for (float& v : model->FindParameter(name)->Write().values()) v = 0;
+  }
+  ValidationLosses losses = Trainer(*model, *data, options_, Folder("run")).Validate();
+  BatchSource batches(*data, Tensor::Zeros({97, 8}, DType::kI64),
+                      {.batch_size = 8, .validation_fraction = 0.05, .seed = options_.seed});
+  NoiseSchedule schedule(model->scheduler());
+  double loss = 0, noise_loss = 0, count = 0;
+  for (const Batch& batch : batches.ValidationBatches()) {
+    int64_t pixels = batch.images.elements() / batch.images.shape()[0];
+    for (int64_t i = 0; i < batch.images.elements(); ++i) {
+      double a = schedule.AlphaBar(batch.timesteps.data<int64_t>()[i / pixels]),
+             x = batch.images.data()[i], n = batch.noise.data()[i];
+      double noisy = std::sqrt(a) * x + std::sqrt(1 - a) * n,
+             v = std::sqrt(a) * n - std::sqrt(1 - a) * x;
+      loss += v * v;
+      noise_loss += std::pow(std::sqrt(1 - a) * noisy - n, 2);
+      ++count;
+    }
+  }
+  EXPECT_NEAR(losses.loss, loss / count, 1e-5);
+  ASSERT_TRUE(losses.noise_loss.has_value());
+  EXPECT_NEAR(*losses.noise_loss, noise_loss / count, 1e-5);
 }
 
 TEST_F(TrainerTest, CompiledTrainingFollowsEagerTraining) {
