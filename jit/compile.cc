@@ -90,8 +90,9 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
   Mode mode = EnvironmentMode();
   Check<UnsupportedError>(mode != Mode::kOff, "compile: CALOTYPE_JIT=off forbids it; run eagerly");
   auto start = std::chrono::steady_clock::now();
-  auto program = std::make_shared<LoweredProgram>(
-      Lower(graph, {.fuse = options.fuse && PassEnabled("fuse"), .winograd = options.winograd}));
+  auto program =
+      std::make_shared<LoweredProgram>(Lower(graph, {.fuse = options.fuse && PassEnabled("fuse"),
+                                                     .winograd_bytes = options.winograd_bytes}));
   MemoryPlan plan = PlanMemory(*program);
   ExecutableData data;
   data.stats.lower_ms = MillisecondsSince(start);

@@ -20,9 +20,10 @@ namespace calotype::jit {
 
 struct CompileOptions {
   bool fuse = true;  // false: every elementwise node is a kernel of its own (to bisect)
-  // 3x3 convolutions by Winograd's F(4x4, 3x3) where that pays: up to 2.5 times faster, with up to
-  // twice the rounding error of the direct sum.
-  bool winograd = true;
+  // 3x3 convolutions are computed by Winograd's F(4x4, 3x3) where that pays: about twice as fast,
+  // with up to twice the rounding error of the direct sum. Their transformed kernels, 4 times as
+  // large as the kernels, stay within this many bytes altogether; 0: never.
+  int64_t winograd_bytes = int64_t{2} << 30;
   bool check = false;  // as CALOTYPE_JIT=check
 };
 

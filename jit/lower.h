@@ -67,7 +67,7 @@ struct LoweredProgram {
 
 struct LowerOptions {
   bool fuse = true;
-  bool winograd = true;  // 3x3 convolutions by lower_winograd.h where they pay
+  int64_t winograd_bytes = int64_t{2} << 30;  // memory for the kernels of lower_winograd.h
 };
 
 // Errors: UnsupportedError naming op, label and shapes of a node that cannot be compiled.

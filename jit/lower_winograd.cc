@@ -164,16 +164,25 @@ const ScalarProgram& WinogradOutputProgram() {
   return program;
 }
 
+bool WinogradFits(const ComputationGraph& graph, const ComputationNode& node) {
+  // Below, the transforms of pixels (growing with the channels of both sides) and of kernels (read
+  // once for all pixels) cost more than the products saved.
+  constexpr int64_t kFewChannels = 24, kFewPixels = 256;
+  if (node.op != &kConv2dOp && node.op != &kConv2dInputGradientOp) return false;
+  const Shape &y = node.types[0].shape, &w = graph.type(node.inputs[1]).shape;
+  return node.attrs.Int("stride") == 1 && w[2] == 3 && w[3] == 3 && y[2] % kTile == 0 &&
+         y[3] % kTile == 0 && std::min(w[0], w[1]) >= kFewChannels &&
+         y[0] * y[2] * y[3] >= kFewPixels;
+}
+
+int64_t WinogradBytes(const ComputationGraph& graph, const ComputationNode& node) {
+  const Shape& w = graph.type(node.inputs[1]).shape;
+  return CheckedMul(CheckedMul(w[0], w[1], "winograd"), kPoints * 4, "winograd");
+}
+
 Value WinogradConvolution(Value x, Value w, bool correlate) {
   const int64_t height = x.dim(2) - 2, width = x.dim(3) - 2, pixels = x.dim(0) * height * width;
   const int64_t in = x.dim(1), out = w.dim(correlate ? 1 : 0);
-  // Below, the transforms of pixels (growing with in + out) and of kernels (read once for all
-  // pixels) cost more than the products saved.
-  constexpr int64_t kFewChannels = 24, kFewPixels = 256;
-  if (w.dim(2) != 3 || w.dim(3) != 3 || height % kTile != 0 || width % kTile != 0 ||
-      in < kFewChannels || out < kFewChannels || pixels < kFewPixels) {
-    return {};
-  }
   ComputationGraph& graph = *x.graph;
   Value v = graph.EmitOne(kWinogradInputOp, {x});
   Value u = graph.EmitOne(kWinogradWeightOp, {w}, {{"correlate", int64_t{correlate}}});

@@ -23,8 +23,12 @@ const ScalarProgram& WinogradInputProgram();
 const ScalarProgram& WinogradWeightProgram();
 const ScalarProgram& WinogradOutputProgram();
 
-// The convolution of x, already padded, with w; `correlate` as for the weight. An undefined value
-// where it does not fit (sides not multiples of 4) or would not pay (few channels or pixels).
+// True for a convolution, or the gradient of its input, that can be computed so (stride 1, sides
+// multiples of 4) and gains by it (many channels and pixels).
+bool WinogradFits(const ComputationGraph& graph, const ComputationNode& node);
+// Bytes of the transformed kernels, four times those of the kernels.
+int64_t WinogradBytes(const ComputationGraph& graph, const ComputationNode& node);
+// The result from x, already padded, and w; `correlate` as for the weight.
 Value WinogradConvolution(Value x, Value w, bool correlate);
 
 }  // namespace calotype::jit

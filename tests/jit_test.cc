@@ -265,7 +265,7 @@ TEST(Convolution, WinogradMatchesFloat64) {
     graph.Output("dx", gradients[0]);
     graph.Output("dw", gradients[1]);
     std::vector<Tensor> inputs = Randoms(graph);
-    auto winograd = Compile(graph), direct = Compile(graph, {.winograd = false});
+    auto winograd = Compile(graph), direct = Compile(graph, {.winograd_bytes = 0});
     EXPECT_GT(winograd->Stats().steps, direct->Stats().steps);
     std::vector<Tensor> a = winograd->Run(inputs), b = direct->Run(inputs);
     std::vector<Tensor> reference = Interpreter(graph).RunReference(inputs);
