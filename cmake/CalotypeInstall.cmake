@@ -25,7 +25,9 @@ foreach(set base jit)
 endforeach()
 
 if(TARGET calotype)
-  set_target_properties(calotype PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)
+  # USE_LINK_PATH leaves out folders inside the source tree, where .deps/onednn lies.
+  set_target_properties(calotype PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON
+                        INSTALL_RPATH "$<TARGET_FILE_DIR:DNNL::dnnl>")
   install(TARGETS calotype RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 endif()
 install(FILES LICENSE DESTINATION ${CMAKE_INSTALL_DATADIR}/doc/calotype)
