@@ -170,19 +170,6 @@ View BitsView(const View& view) {
   return out;
 }
 
-bool IsDense(const View& view) {
-  std::vector<Piece> pieces;
-  for (const Axis& axis : view.axes) pieces.insert(pieces.end(), axis.begin(), axis.end());
-  std::sort(pieces.begin(), pieces.end(),
-            [](const Piece& a, const Piece& b) { return a.stride < b.stride; });
-  int64_t stride = 1;
-  for (const Piece& piece : pieces) {
-    if (piece.stride != stride) return false;
-    stride *= piece.extent;
-  }
-  return true;
-}
-
 bool IsRowMajor(const View& view) {
   int64_t stride = 1;
   for (size_t i = view.axes.size(); i-- > 0;) {

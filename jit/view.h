@@ -50,8 +50,6 @@ View BitsView(const View& view);
 
 // Joins neighbouring pieces that are contiguous in each other and drops pieces of extent 1.
 Axis Simplify(Axis axis);
-// True if no two indices share an element and the elements fill [offset, offset + elements()).
-bool IsDense(const View& view);
 // True if the view is row-major and dense.
 bool IsRowMajor(const View& view);
 
