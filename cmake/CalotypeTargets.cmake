@@ -16,6 +16,7 @@ else()
 endif()
 
 function(calotype_flags target)
+  target_compile_features(${target} PUBLIC cxx_std_20)
   target_compile_options(${target} PRIVATE ${CALOTYPE_FLAGS})
   target_include_directories(${target} PUBLIC
     $<BUILD_INTERFACE:${CMAKE_SOURCE_DIR}> $<INSTALL_INTERFACE:include/calotype>)
