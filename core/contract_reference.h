@@ -45,7 +45,8 @@ void ForEachProduct(const Conv2dShape& s, F f) {
 template <class T>
 void Conv2dForward(const Conv2dShape& s, const T* x, const T* w, const T* bias, T* y) {
   int64_t plane = s.out_height() * s.out_width();
-  for (int64_t i = 0; i < s.batch * s.out * plane; ++i) y[i] = bias ? bias[i / plane % s.out] : T(0);
+  for (int64_t i = 0; i < s.batch * s.out * plane; ++i)
+    y[i] = bias ? bias[i / plane % s.out] : T(0);
   ForEachProduct(s, [&](int64_t xi, int64_t wi, int64_t yi) { y[yi] += x[xi] * w[wi]; });
 }
 
