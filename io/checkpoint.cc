@@ -8,7 +8,7 @@
 #include "io/atomic_file.h"
 #include "io/file.h"
 #include "io/safetensors.h"
-#include "io/sha256.h"
+#include "core/sha256.h"
 
 namespace calotype {
 
