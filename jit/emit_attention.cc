@@ -17,7 +17,7 @@ namespace calotype::jit {
 AttentionTiles::AttentionTiles(Emitter& e, const AttentionSpec& spec)
     : e_(e), spec_(spec), width_(e.target.vector_width), align_(4 * e.target.vector_width) {
   vectors_ = spec.queries > width_ ? 2 : 1;
-  rows_ = e.target.vector_registers >= 32 ? 8 : 4;
+  rows_ = e.target.vector_registers >= 32 ? 8 : e.target.fma ? 6 : 4;
   lanes_ = int64_t{vectors_} * width_;
   for (const Operand* operand : {&spec.q, &spec.k, &spec.v, &spec.out}) {
     Check<InternalError>(operand->strides.size() == 4, "attention kernel: {} strides instead of 4",
@@ -36,24 +36,6 @@ void AttentionTiles::CheckScratch(int64_t rows) const {
       "attention: head width {} (values {}) needs {} bytes of stack, at most {} are "
       "used; use more heads",
       spec_.head_dim, spec_.value_dim, rows * lanes_ * 4, kMostBytes);
-}
-
-void AttentionTiles::ForQueries(llvm::function_ref<void(Value*, Value*, Value*, int64_t)> body) {
-  int64_t full = spec_.queries / lanes_, rest = spec_.queries % lanes_;
-  int64_t blocks = full + (rest > 0);
-  auto [first, last] = e_.Units(spec_.batch * spec_.heads * blocks, Chunks(KernelSpec(spec_)));
-  e_.For(first, last, 1, [&](Value* unit) {
-    Values index = e_.Unflatten(unit, std::vector<int64_t>{spec_.batch, spec_.heads, blocks});
-    Value* query = e_.Mul(index[2], lanes_);
-    if (full > 0 && rest > 0) {
-      e_.If(e_.b.CreateICmpSLT(index[2], e_.I64(full)),
-            [&] { body(index[0], index[1], query, lanes_); });
-      e_.If(e_.b.CreateICmpEQ(index[2], e_.I64(full)),
-            [&] { body(index[0], index[1], query, rest); });
-    } else {
-      body(index[0], index[1], query, full > 0 ? lanes_ : rest);
-    }
-  });
 }
 
 AttentionTiles::Value* AttentionTiles::Head(const Operand& operand, Value* batch, Value* head) {
@@ -190,97 +172,155 @@ AttentionTiles::Value* AttentionTiles::Score(Value* product, Value* mask, Value*
 }
 
 AttentionTiles::Value* AttentionTiles::Exp2(Value* x) {
-  // Cephes' polynomial for 2^f, |f| <= 1/2 (Moshier); the exponent is added to the bits.
-  static constexpr double kCoefficients[] = {1.535336188319500e-4,
-                                             1.339887440266574e-3,
-                                             9.618437357674640e-3,
-                                             5.550332471162809e-2,
-                                             2.402264791363012e-1,
-                                             6.931472028550421e-1,
-                                             1.0};
-  llvm::Type* bits = e_.Int(width_);
-  Value* whole = e_.Round(x);
-  Value* f = e_.b.CreateFSub(x, whole);
+  // 2^x = 2^f * 2^n: a polynomial for |f| <= 1/2 (relative error 1.5e-7), and a power made of
+  // bits. Added to 3 * 2^22 + 127, x is rounded to an integer, whose low bits are the exponent of
+  // 2^n; at n = -127 that power is 0.
+  static constexpr double kCoefficients[] = {1.3276471979e-3, 9.6755413342e-3, 5.5507132735e-2,
+                                             2.4022119724e-1, 6.9314696706e-1, 1};
+  Value* least = e_.Splat(-127, width_);
+  x = e_.b.CreateSelect(e_.b.CreateFCmpOGT(least, x), least, x);  // NaN stays
+  Value* magic = e_.Splat(0x1.8p23 + 127, width_);
+  Value* shifted = e_.b.CreateFAdd(x, magic);
+  Value* f = e_.b.CreateFSub(x, e_.b.CreateFSub(shifted, magic));
   Value* p = e_.Splat(kCoefficients[0], width_);
   for (size_t i = 1; i < std::size(kCoefficients); ++i) {
     p = e_.MultiplyAdd(p, f, e_.Splat(kCoefficients[i], width_));
   }
-  Value* exponent = e_.b.CreateFreeze(e_.b.CreateFPToSI(whole, bits));
-  exponent = e_.b.CreateShl(exponent, llvm::ConstantInt::get(bits, 23));
-  Value* result =
-      e_.b.CreateBitCast(e_.b.CreateAdd(e_.b.CreateBitCast(p, bits), exponent), x->getType());
-  Value* small = e_.b.CreateFCmpOLT(x, e_.Splat(-126, width_));
-  result = e_.b.CreateSelect(small, e_.Splat(0.0, width_), result);
-  return e_.b.CreateSelect(e_.b.CreateFCmpUNO(x, x), x, result);
+  Value* power = e_.b.CreateShl(e_.b.CreateBitCast(shifted, e_.Int(width_)), 23);
+  return e_.b.CreateFMul(p, e_.b.CreateBitCast(power, x->getType()));
 }
 
 namespace {
 
 class AttentionEmitter : AttentionTiles {
  public:
-  AttentionEmitter(Emitter& e, const AttentionSpec& spec) : AttentionTiles(e, spec) {
-    CheckScratch(spec.head_dim + spec.value_dim + KeyBlock());
-    queries_ = e.Scratch(spec.head_dim * lanes_);
+  AttentionEmitter(Emitter& e, const AttentionSpec& spec)
+      : AttentionTiles(e, spec),
+        one_block_(spec.keys <= KeyBlock()),
+        blocks_(spec.queries / lanes_),
+        groups_(Groups()) {
+    CheckScratch(spec.head_dim + spec.value_dim + KeyBlock() + 2);
+    queries_ = e.Scratch(groups_ * spec.head_dim * lanes_);
     weights_ = e.Scratch(std::max<int64_t>(KeyBlock(), 1) * lanes_);
-    sums_ = e.Scratch(spec.value_dim * lanes_);
+    sums_ = e.Scratch(groups_ * spec.value_dim * lanes_);
+    states_ = e.Scratch(groups_ * 2 * lanes_);
+    if (groups_ > 1) {
+      packed_keys_ = e.Scratch(KeyBlock() * spec.head_dim);
+      packed_values_ = e.Scratch(KeyBlock() * spec.value_dim);
+    }
   }
 
   void Emit() {
-    ForQueries([&](Value* batch, Value* head, Value* query, int64_t valid) {
-      EmitQueries(batch, head, query, valid);
+    // A unit is up to groups_ groups of queries, or the rest that is no whole group.
+    int64_t whole = (blocks_ + groups_ - 1) / groups_, rest = spec_.queries % lanes_;
+    int64_t units = whole + (rest > 0);
+    auto [first, last] = e_.Units(spec_.batch * spec_.heads * units, Chunks(KernelSpec(spec_)));
+    e_.For(first, last, 1, [&](Value* unit) {
+      Values index = e_.Unflatten(unit, std::vector<int64_t>{spec_.batch, spec_.heads, units});
+      auto emit_whole = [&] {
+        Value* from = e_.Mul(index[2], groups_);
+        Value* count = blocks_ % groups_ == 0
+                           ? e_.I64(groups_)
+                           : e_.Min(e_.I64(groups_), e_.b.CreateSub(e_.I64(blocks_), from));
+        EmitQueries(index[0], index[1], e_.Mul(from, lanes_), count, lanes_);
+      };
+      auto emit_rest = [&] {
+        EmitQueries(index[0], index[1], e_.I64(blocks_ * lanes_), e_.I64(1), rest);
+      };
+      if (rest == 0) return emit_whole();
+      if (whole == 0) return emit_rest();
+      e_.If(e_.b.CreateICmpSLT(index[2], e_.I64(whole)), emit_whole);
+      e_.If(e_.b.CreateICmpEQ(index[2], e_.I64(whole)), emit_rest);
     });
   }
 
  private:
-  void EmitQueries(Value* batch, Value* head, Value* query, int64_t valid) {
-    auto rows = [&](const Operand& operand) {
-      return e_.At(Head(operand, batch, head), operand.dtype, query, operand.strides[2]);
-    };
+  // Groups of queries that meet a block of keys while it is in the cache. More than one only where
+  // the keys and values of a head are too large for the cache next to the core, as many as leave
+  // work for all threads.
+  int64_t Groups() const {
+    constexpr int64_t kCacheBytes = 128 * 1024, kMost = 8, kUnits = 64;
+    int64_t depth = spec_.head_dim + spec_.value_dim;
+    if (one_block_ || 4 * spec_.keys * depth <= kCacheBytes) return 1;
+    int64_t groups = std::min({kMost, kCacheBytes / (4 * lanes_ * depth),
+                               spec_.batch * spec_.heads * blocks_ / kUnits});
+    return std::max<int64_t>(1, groups);
+  }
+
+  // `count` groups of `valid` queries each, from number `query` on.
+  void EmitQueries(Value* batch, Value* head, Value* query, Value* count, int64_t valid) {
     key_ = Head(spec_.k, batch, head);
     value_ = Head(spec_.v, batch, head);
-    mask_ = spec_.has_mask ? rows(spec_.mask) : nullptr;
-    query_ = query;
     valid_ = valid;
-    LoadTransposed(rows(spec_.q), spec_.q.strides[2], spec_.q.strides[3], spec_.head_dim, valid,
-                   spec_.scale * std::numbers::log2e, queries_);
-    bool one_block = spec_.keys <= KeyBlock();
-    if (!one_block) {
-      e_.For(spec_.value_dim, [&](Value* d) {
-        for (int v = 0; v < vectors_; ++v) SetVector(e_.Splat(0.0, width_), Row(sums_, d), 0, v);
+    auto for_groups = [&](llvm::function_ref<void()> body) {
+      e_.For(e_.I64(0), count, 1, [&](Value* group) {
+        query_ = e_.Add(query, e_.Mul(group, lanes_));
+        mask_ = spec_.has_mask ? Rows(spec_.mask, batch, head) : nullptr;
+        group_queries_ = e_.At(queries_, DType::kF32, group, spec_.head_dim * lanes_);
+        group_sums_ = e_.At(sums_, DType::kF32, group, spec_.value_dim * lanes_);
+        group_state_ = e_.At(states_, DType::kF32, group, 2 * lanes_);
+        body();
       });
+    };
+    if (one_block_) {
+      for_groups([&] {
+        Begin(batch, head);
+        if (spec_.keys > 0) EmitBlock(BlockAt(e_.I64(0), spec_.keys));
+        Finish(batch, head);
+      });
+      return;
     }
+    for_groups([&] { Begin(batch, head); });
+    auto block = [&](Value* first, int64_t keys) {
+      Block b = BlockAt(first, keys);
+      // Rows far apart would fall on few sets of the cache.
+      if (groups_ > 1 && valid == lanes_) b = Pack(b);
+      for_groups([&] {
+        if (!spec_.causal) return EmitBlock(b);
+        // Keys after the last query are invisible.
+        Value* last = e_.Add(query_, e_.I64(valid_ - 1));
+        e_.If(e_.b.CreateICmpSLE(first, last), [&] { EmitBlock(b); });
+      });
+    };
+    const int64_t keys = KeyBlock(), full = spec_.keys / keys, rest = spec_.keys % keys;
+    Value* seen = e_.I64(full);
+    if (spec_.causal) {
+      Value* after = e_.Add(query, e_.Add(e_.Mul(count, lanes_), e_.I64(valid - lanes_)));
+      seen = e_.Min(seen, e_.b.CreateUDiv(e_.Add(after, e_.I64(keys - 1)), e_.I64(keys)));
+    }
+    e_.For(e_.I64(0), seen, 1, [&](Value* number) { block(e_.Mul(number, keys), keys); });
+    if (rest > 0) block(e_.I64(full * keys), rest);
+    for_groups([&] { Finish(batch, head); });
+  }
+
+  // The rows of an operand that belong to the group's queries.
+  Value* Rows(const Operand& operand, Value* batch, Value* head) {
+    return e_.At(Head(operand, batch, head), operand.dtype, query_, operand.strides[2]);
+  }
+
+  void Begin(Value* batch, Value* head) {
+    LoadTransposed(Rows(spec_.q, batch, head), spec_.q.strides[2], spec_.q.strides[3],
+                   spec_.head_dim, valid_, spec_.scale * std::numbers::log2e, group_queries_);
     // Starting from the lowest finite number, keys masked by -inf vanish also if there are no
     // others.
-    Values state = Repeat(std::numeric_limits<float>::lowest());
-    Values total = Repeat(0);
-    state.insert(state.end(), total.begin(), total.end());
-
-    int64_t block = std::max<int64_t>(KeyBlock(), 1);
-    int64_t full = spec_.keys / block, rest = spec_.keys % block;
-    Value* blocks = e_.I64(full);
-    Value* has_rest = e_.I64(full + 1);
-    if (spec_.causal) {
-      // Blocks that begin after the last query are invisible.
-      Value* seen = e_.Add(query, e_.I64(valid + block - 1));
-      seen = e_.b.CreateUDiv(seen, e_.I64(block));
-      has_rest = e_.Min(has_rest, seen);
-      blocks = e_.Min(blocks, seen);
+    Value *lowest = e_.Splat(std::numeric_limits<float>::lowest(), width_), *zero = Zeros(1)[0];
+    for (int v = 0; v < vectors_; ++v) {
+      SetVector(lowest, group_state_, 0, v);
+      SetVector(zero, group_state_, 1, v);
     }
-    state = e_.Fold(e_.I64(0), blocks, 1, state, [&](Value* number, const Values& now) {
-      return EmitBlock(e_.Mul(number, block), block, now, one_block);
+    if (one_block_ && spec_.keys > 0) return;  // the block's sums are all
+    e_.For(spec_.value_dim, [&](Value* d) {
+      for (int v = 0; v < vectors_; ++v) SetVector(zero, Row(group_sums_, d), 0, v);
     });
-    if (rest > 0) {
-      state = e_.Fold(e_.I64(full), has_rest, 1, state, [&](Value*, const Values& now) {
-        return EmitBlock(e_.I64(full * block), rest, now, one_block);
-      });
-    }
+  }
 
+  void Finish(Value* batch, Value* head) {
     Values factors;
-    Value* lse = rows(spec_.lse);
+    Value* lse = Rows(spec_.lse, batch, head);
     scalar::Recorder recorder;
     ScalarProgram logarithm = recorder.Finish(1, scalar::Logarithm(recorder.Input(0)));
     for (int v = 0; v < vectors_; ++v) {
-      Value *top = state[v], *sum = state[vectors_ + v];
+      Value *top = Vector(group_state_, 0, v), *sum = Vector(group_state_, 1, v);
       // The sum is at least 1, or 0 where all keys are masked.
       Value* least = e_.Splat(1e-30, width_);
       Value* divisor = e_.b.CreateSelect(e_.b.CreateFCmpOLT(sum, least), least, sum);
@@ -289,25 +329,58 @@ class AttentionEmitter : AttentionTiles {
       result = e_.b.CreateFAdd(e_.b.CreateFMul(top, e_.Splat(std::numbers::ln2, width_)), result);
       int64_t stride = spec_.lse.strides[2];
       e_.Store(result, e_.At(lse, DType::kF32, int64_t{v} * width_ * stride), DType::kF32, stride,
-               width_, ValidOf(valid, v));
+               width_, ValidOf(valid_, v));
     }
-    StoreTransposed(sums_, spec_.value_dim, valid, factors, rows(spec_.out), spec_.out.strides[2],
-                    spec_.out.strides[3]);
+    StoreTransposed(group_sums_, spec_.value_dim, valid_, factors, Rows(spec_.out, batch, head),
+                    spec_.out.strides[2], spec_.out.strides[3]);
   }
 
-  // Keys [first, first + count): updates maximum and sum, and the sums of the values.
-  Values EmitBlock(Value* first, int64_t count, const Values& state, bool one_block) {
-    Values old_top(state.begin(), state.begin() + vectors_);
-    Values total(state.begin() + vectors_, state.end());
-    Value* key = e_.At(key_, DType::kF32, first, spec_.k.strides[2]);
-    Value* value = e_.At(value_, DType::kF32, first, spec_.v.strides[2]);
+  // Keys [first, first + count) and their values.
+  struct Block {
+    Value* first;
+    int64_t count;
+    Value* key;
+    int64_t key_row, key_column;
+    Value* value;
+    int64_t value_row, value_column;
+  };
+
+  Block BlockAt(Value* first, int64_t count) {
+    const auto &k = spec_.k.strides, &v = spec_.v.strides;
+    return {first, count, e_.At(key_, DType::kF32, first, k[2]), k[2], k[3],
+            e_.At(value_, DType::kF32, first, v[2]), v[2], v[3]};
+  }
+
+  // The same keys and values, row after row.
+  Block Pack(const Block& b) {
+    auto copy = [&](Value* from, int64_t row, int64_t column, Value* to, int64_t width) {
+      e_.For(b.count, [&](Value* j) {
+        for (int64_t d = 0; d < width; d += width_) {
+          int valid = static_cast<int>(std::min<int64_t>(width_, width - d));
+          Value* source = e_.At(e_.At(from, DType::kF32, j, row), DType::kF32, d * column);
+          e_.Store(e_.Load(source, DType::kF32, column, width_, valid),
+                   e_.At(e_.At(to, DType::kF32, j, width), DType::kF32, d), DType::kF32, 1, width_,
+                   valid);
+        }
+      });
+    };
+    copy(b.key, b.key_row, b.key_column, packed_keys_, spec_.head_dim);
+    copy(b.value, b.value_row, b.value_column, packed_values_, spec_.value_dim);
+    return {b.first, b.count, packed_keys_, spec_.head_dim, 1, packed_values_, spec_.value_dim, 1};
+  }
+
+  // Updates maximum, sum, and the sums of the values.
+  void EmitBlock(const Block& b) {
+    const int64_t count = b.count;
+    Values old_top;
+    for (int v = 0; v < vectors_; ++v) old_top.push_back(Vector(group_state_, 0, v));
     Values top = FoldTiles(count, old_top, [&](Value* j, int rows, const Values& now) {
       Values after = now;
-      Broadcast a{e_.At(key, DType::kF32, j, spec_.k.strides[2]), spec_.k.strides[2],
-                  spec_.k.strides[3]};
-      Values scores = Tile(rows, spec_.head_dim, a, {queries_, lanes_, vectors_}, Zeros(rows));
+      Broadcast a{e_.At(b.key, DType::kF32, j, b.key_row), b.key_row, b.key_column};
+      Values scores =
+          Tile(rows, spec_.head_dim, a, {group_queries_, lanes_, vectors_}, Zeros(rows));
       for (int r = 0; r < rows; ++r) {
-        Value* number = e_.Add(e_.Add(first, j), e_.I64(r));
+        Value* number = e_.Add(e_.Add(b.first, j), e_.I64(r));
         for (int v = 0; v < vectors_; ++v) {
           Value* score = Score(scores[r * vectors_ + v], mask_, number, query_, v, valid_);
           after[v] = e_.b.CreateSelect(e_.b.CreateFCmpOGT(after[v], score), after[v], score);
@@ -316,12 +389,9 @@ class AttentionEmitter : AttentionTiles {
       }
       return after;
     });
-    Values scale;
-    for (int v = 0; v < vectors_; ++v) {
-      scale.push_back(Exp2(e_.b.CreateFSub(old_top[v], top[v])));
-      total[v] = e_.b.CreateFMul(total[v], scale[v]);
-    }
-    total = e_.Fold(count, total, [&](Value* j, const Values& now) {
+    // The sums of a block are added to those before it when they are complete: two short chains of
+    // roundings instead of a long one.
+    Values sum = e_.Fold(count, Repeat(0), [&](Value* j, const Values& now) {
       Values after = now;
       for (int v = 0; v < vectors_; ++v) {
         Value* score = Vector(Row(weights_, j), 0, v);
@@ -331,31 +401,37 @@ class AttentionEmitter : AttentionTiles {
       }
       return after;
     });
+    Values scale;
+    for (int v = 0; v < vectors_; ++v) {
+      if (!one_block_) {
+        scale.push_back(Exp2(e_.b.CreateFSub(old_top[v], top[v])));
+        sum[v] = e_.MultiplyAdd(Vector(group_state_, 1, v), scale[v], sum[v]);
+      }
+      SetVector(top[v], group_state_, 0, v);
+      SetVector(sum[v], group_state_, 1, v);
+    }
     ForTiles(spec_.value_dim, [&](Value* d, int rows) {
-      Values sums = Zeros(rows);
-      if (!one_block) {
-        for (int r = 0; r < rows; ++r) {
-          for (int v = 0; v < vectors_; ++v) {
-            sums[r * vectors_ + v] = e_.b.CreateFMul(Vector(Row(sums_, d), r, v), scale[v]);
-          }
+      Broadcast a{e_.At(b.value, DType::kF32, d, b.value_column), b.value_column, b.value_row};
+      Values sums = Tile(rows, count, a, {weights_, lanes_, vectors_}, Zeros(rows));
+      for (int r = 0; r < rows; ++r) {
+        for (int v = 0; v < vectors_; ++v) {
+          Value* one = sums[r * vectors_ + v];
+          if (!one_block_) one = e_.MultiplyAdd(Vector(Row(group_sums_, d), r, v), scale[v], one);
+          SetVector(one, Row(group_sums_, d), r, v);
         }
       }
-      Broadcast a{e_.At(value, DType::kF32, d, spec_.v.strides[3]), spec_.v.strides[3],
-                  spec_.v.strides[2]};
-      sums = Tile(rows, count, a, {weights_, lanes_, vectors_}, sums);
-      for (int r = 0; r < rows; ++r) {
-        for (int v = 0; v < vectors_; ++v) SetVector(sums[r * vectors_ + v], Row(sums_, d), r, v);
-      }
     });
-    Values result = top;
-    result.insert(result.end(), total.begin(), total.end());
-    return result;
   }
 
   Values Zeros(int rows) { return Values(rows * vectors_, e_.Splat(0.0, width_)); }
 
-  Value *queries_, *weights_, *sums_;  // scratch
+  const bool one_block_;
+  const int64_t blocks_, groups_;  // whole groups of queries; groups of one unit
+  Value *queries_, *weights_, *sums_, *states_;  // scratch; a state: maximum, sum
+  Value *packed_keys_ = nullptr, *packed_values_ = nullptr;
+  // Of the group at hand.
   Value *key_ = nullptr, *value_ = nullptr, *mask_ = nullptr, *query_ = nullptr;
+  Value *group_queries_ = nullptr, *group_sums_ = nullptr, *group_state_ = nullptr;
   int64_t valid_ = 0;
 };
 

@@ -16,9 +16,6 @@ class AttentionTiles {
 
   // Pieces of the keys that are scored at a time: all of a short row, or blocks of 64.
   int64_t KeyBlock() const { return spec_.keys <= 128 ? spec_.keys : 64; }
-  // Calls body(pair (b, h), first query, valid lanes) for every unit of the kernel's chunks.
-  void ForQueries(
-      llvm::function_ref<void(Value* batch, Value* head, Value* query, int64_t valid)> body);
   Value* Head(const Operand& operand, Value* batch, Value* head);
 
   // scratch[d * lanes_ + lane] = factor * x[lane * row + d * column] for d < count; lanes past
@@ -63,14 +60,14 @@ class AttentionTiles {
   // The score of a query in the lanes and key number `key`, in units of log2: what the product gave
   // plus mask, or -inf for the future. `mask` points to element (first query, key 0).
   Value* Score(Value* product, Value* mask, Value* key, Value* query, int v, int64_t valid);
-  Value* Exp2(Value* x);  // 2^x, 0 below -126
+  Value* Exp2(Value* x);  // 2^x for x <= 126, 0 below -127
   Values Repeat(double value) { return Values(vectors_, e_.Splat(value, width_)); }
   void CheckScratch(int64_t rows) const;
 
   Emitter& e_;
   const AttentionSpec& spec_;
   int width_, vectors_, rows_;
-  int64_t lanes_;  // queries of one unit
+  int64_t lanes_;  // queries of one group
   llvm::Align align_;
 };
 

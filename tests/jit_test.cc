@@ -277,6 +277,22 @@ TEST(Convolution, WinogradMatchesFloat64) {
   }
 }
 
+// Keys beyond the cache: several groups of queries for each block of packed keys, and a last unit
+// with fewer groups and queries.
+TEST(Attention, OverManyKeys) {
+  for (bool causal : {false, true}) {
+    const int64_t heads = 4, queries = 1130, keys = causal ? queries : 810;
+    ComputationGraph graph;
+    Value q = graph.Input("q", {1, queries, heads * 24});
+    Value k = graph.Input("k", {1, keys, heads * 24});
+    Value v = graph.Input("v", {1, keys, heads * 28});
+    AttentionResult result = Attention(q, k, v, {.heads = heads, .scale = 0.2, .causal = causal});
+    graph.Output("out", result.out);
+    graph.Output("lse", result.lse);
+    ExpectSame(graph, Randoms(graph), 1e-6);
+  }
+}
+
 TEST(Views, ConcatenationIsWrittenInPlace) {
   ComputationGraph graph;
   Value x = graph.Input("x", {2, 4, 5, 5});
