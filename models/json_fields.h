@@ -64,6 +64,13 @@ class JsonFields {
                             "{}: field '{}' is {}; only {} is supported", owner_, name,
                             field ? field->dump() : "", supported.dump());
   }
+  // A field of any type, for the caller to convert.
+  void ReadJson(const std::string& name, nlohmann::json& value) {
+    const nlohmann::json* field = Take(name);
+    if (field) value = *field;
+  }
+  // A known field whose value does not matter here.
+  void Skip(const std::string& name) { Take(name); }
   // Errors: ValueError naming a field that nobody has read; those with a leading "_" are allowed.
   void CheckAllRead() const {
     for (const auto& [name, value] : object_.items()) {

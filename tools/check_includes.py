@@ -37,6 +37,7 @@ PACKAGES = {
     "nlohmann": {"models", "diffusion", "io", "pipelines", "app"},
     "png.h": {"io"},
     "hb.h": {"io"},
+    "utf8proc.h": {"models"},
     "hb-ft.h": {"io"},
     "ft2build.h": {"io"},
     "freetype": {"io"},
