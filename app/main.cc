@@ -1,9 +1,11 @@
 // The `calotype` program: parses options, calls the pipelines, turns errors into exit codes.
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <new>
 #include <string>
 #include <vector>
@@ -41,6 +43,16 @@ std::vector<std::string> Arguments(int argc, char** argv) {
 int Report(int code, const char* text) {
   fmt::print(stderr, "calotype: {}\n", text);
   return code;
+}
+
+// OpenMP's threads wait for each other at the end of every eager operation, by default spinning for
+// milliseconds: on a machine that also does other work, whole time slices are lost there and a call
+// takes up to 500 times as long. A short spin costs an idle machine nothing. OpenMP reads its
+// settings before main, so the program starts itself once more.
+void LimitSpinning(char** argv) {
+  if (std::getenv("GOMP_SPINCOUNT") || std::getenv("OMP_WAIT_POLICY")) return;
+  setenv("GOMP_SPINCOUNT", "2000", 0);
+  execv("/proc/self/exe", argv);  // If that fails the program goes on as it is.
 }
 
 int Main(int argc, char** argv) {
@@ -99,4 +111,7 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace calotype::app
 
-int main(int argc, char** argv) { return calotype::app::Main(argc, argv); }
+int main(int argc, char** argv) {
+  calotype::app::LimitSpinning(argv);
+  return calotype::app::Main(argc, argv);
+}

@@ -18,6 +18,7 @@
 #include "jit/compile_check.h"
 #include "jit/lower.h"
 #include "jit/plan.h"
+#include "jit/runtime/thread_pool.h"
 #include "layers/resnet.h"
 #include "layers/transformer.h"
 #include "optim/optimizer.h"
@@ -635,7 +636,7 @@ TEST(CheckMode, PassesAndNamesTheFirstWrongStep) {
       Tensor& output = good ? right : wrong;
       addresses.push_back(buffer.storage == Storage::kOutput ? output.raw() : x[0].raw());
     }
-    auto run = [&] { MakeChecker(program)(x)->AfterStep(false, 0, addresses); };
+    auto run = [&] { MakeChecker(program)(x)->AfterStep(StepChecker::kRun, 0, addresses); };
     if (good) {
       EXPECT_NO_THROW(run());
     } else {
@@ -699,6 +700,37 @@ TEST(CompiledFunction, SpecialisesAndForgets) {
   EXPECT_EQ(function.stats().alive, 2);
   ExpectError<ShapeError>([&] { run({4, 2}); }, "expects [batch, 3]");
   ExpectError<ShapeError>([&] { run({3}); }, "expects [batch, 3]");
+}
+
+// Several callers at once, loops inside loops, more threads than processors.
+TEST(ThreadPool, RunsEachChunkOnce) {
+  struct Loop {
+    std::vector<std::atomic<int>> hits;
+    std::atomic<int> inner{0};
+  };
+  const int threads = Threads();
+  SetThreads(3);
+  std::atomic<int> wrong{0};
+  auto call = [&wrong](int first) {
+    for (int k = 0; k < 2000; ++k) {
+      Loop loop{std::vector<std::atomic<int>>((first + k) % 37)};
+      RunChunks(
+          static_cast<int64_t>(loop.hits.size()),
+          [](void* p, int64_t chunk) {
+            auto& l = *static_cast<Loop*>(p);
+            ++l.hits[chunk];
+            RunChunks(2, [](void* q, int64_t) { ++*static_cast<std::atomic<int>*>(q); }, &l.inner);
+          },
+          &loop);
+      for (std::atomic<int>& hits : loop.hits) wrong += hits != 1;
+      wrong += loop.inner != 2 * static_cast<int>(loop.hits.size());
+    }
+  };
+  std::vector<std::thread> callers;
+  for (int c = 0; c < 3; ++c) callers.emplace_back(call, 11 * c);
+  for (std::thread& caller : callers) caller.join();
+  SetThreads(threads);
+  EXPECT_EQ(wrong, 0);
 }
 
 }  // namespace
