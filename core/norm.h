@@ -20,8 +20,8 @@ void GroupNormForward(const GroupNormShape& shape, double eps, const float* x, c
                       const float* beta, float* y, float* mean, float* rstd);
 
 // With xhat = (x - mean) * rstd and the mean M over a group:
-//   dx = rstd * (gamma dy - M(gamma dy) - xhat M(gamma dy xhat)), dgamma = sum dy xhat, dbeta = sum
-//   dy.
+//   dx = rstd * (gamma dy - M(gamma dy) - xhat M(gamma dy xhat))
+//   dgamma = sum dy xhat, dbeta = sum dy
 // gamma may be null (1); dgamma and dbeta are null together or [channels].
 void GroupNormBackward(const GroupNormShape& shape, const float* x, const float* gamma,
                        const float* mean, const float* rstd, const float* dy, float* dx,

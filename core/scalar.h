@@ -99,8 +99,7 @@ inline Sym Where(Sym m, Sym x, Sym y) {
   return m.recorder->Record({Primitive::kSelect, m.id, x.id, y.id, 0});
 }
 
-// ---------------------------------------------------------------- approximations over the
-// primitives
+// ---------------------------------------------------------------- approximations over primitives
 
 // The polynomial c[0] x^(n-1) + ... + c[n-1] by Horner's rule.
 template <class S, class... C>

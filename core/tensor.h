@@ -95,14 +95,15 @@ class Tensor {
   void* raw() { return data_; }
   const void* raw() const { return data_; }
 
-  // The same storage under another shape with as many elements. Errors: ShapeError.
+  // Errors of the following: ShapeError for a tensor that is undefined or of a wrong shape.
+  // The same storage under another shape with as many elements.
   Tensor Reshape(const Shape& shape) const;
   Tensor Clone() const;
   // Copies the elements of `source` (same shape and dtype) into this storage.
   void CopyFrom(const Tensor& source);
   // A converted copy (f32 <-> f64, integers <-> floats).
   Tensor To(DType dtype) const;
-  // The only element as a double. Errors: ShapeError if there is not exactly one.
+  // The only element as a double.
   double Item() const;
   // True if both handles share one storage.
   bool SharesStorage(const Tensor& other) const { return data_ == other.data_; }
@@ -110,6 +111,7 @@ class Tensor {
   bool Unique() const { return storage_ && storage_.use_count() == 1; }
 
  private:
+  void CheckDefined() const;
   void CheckDType(DType wanted) const;
 
   TensorType type_;
@@ -117,7 +119,7 @@ class Tensor {
   void* data_ = nullptr;
 };
 
-// Counters of tensor storage, for tests and `--memory` reports: bytes now alive, the peak since the
+// Counters of tensor storage, for tests: bytes now alive, the peak since the
 // last ResetPeak(), and the number of allocations so far. Process-wide, thread-safe.
 struct MemoryStats {
   static int64_t LiveBytes();
@@ -128,6 +130,11 @@ struct MemoryStats {
 
 // Aligned storage that counts in MemoryStats. Errors: OutOfMemoryError.
 std::shared_ptr<void> AllocateStorage(int64_t bytes);
+
+// For tests: from now on new storage lies between two pages that cannot be touched and starts as
+// NaN. Its end, rounded up to 64 bytes, is at the page above, or its begin at the page below.
+enum class StorageGuard : uint8_t { kOff, kAbove, kBelow };
+void SetStorageGuard(StorageGuard guard);
 
 }  // namespace calotype
 

@@ -106,12 +106,7 @@ extern const ElementwiseKernel kElementwiseKernels[][4] = {
 #define OP3(Name, ...)                                                                    \
   {Kernel<Name##Formula, 3, 0>, Kernel<Name##Formula, 3, 1>, Kernel<Name##Formula, 3, 2>, \
    Kernel<Name##Formula, 3, 3>},
-#define CALL(Name)
 #include "graph/ops.def"
-#undef OP1
-#undef OP2
-#undef OP3
-#undef CALL
 };
 
 }  // namespace calotype::CALOTYPE_ISA

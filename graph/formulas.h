@@ -27,11 +27,6 @@ namespace calotype::scalar {
       return formula;                                  \
     }                                                  \
   };
-#define CALL(Name)
 #include "graph/ops.def"
-#undef OP1
-#undef OP2
-#undef OP3
-#undef CALL
 
 }  // namespace calotype::scalar

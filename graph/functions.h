@@ -16,12 +16,7 @@ namespace calotype {
   Value Name(Value x, float y); \
   Value Name(float x, Value y);
 #define OP3(Name, ...) Value Name(Value x, Value y, Value z);
-#define CALL(Name)
 #include "graph/ops.def"
-#undef OP1
-#undef OP2
-#undef OP3
-#undef CALL
 
 inline Value operator+(Value x, Value y) { return Add(x, y); }
 inline Value operator-(Value x, Value y) { return Sub(x, y); }

@@ -3,21 +3,16 @@
 //
 // Semantics
 // - Data is IEEE binary32, indices are int32/int64. Every node is a pure function of its inputs.
-// - Elementwise and view nodes: each result is the correctly ordered sequence of IEEE operations
-// that
-//   the op's formula writes (ops.def, core/scalar.h), no reassociation, no fused multiply-add.
-//   Eager and compiled code give the same bits on every machine.
+// - Elementwise and view nodes: each result is the sequence of IEEE operations that the op's
+//   formula writes (ops.def, core/scalar.h), in its order, no fused multiply-add. Eager and
+//   compiled code give the same bits on every machine.
 // - Reductions and contractions (Sum, MatMul, Conv2d, norms, Softmax, Attention) may reassociate
-// and
-//   fuse multiply-add; their error obeys the usual bound u * (2 sqrt(K) + 2) * sum |a||b|.
+//   and fuse multiply-add; their error obeys the usual bound u * (2 sqrt(K) + 2) * sum |a||b|.
 // - Maximum(x, y) and Minimum(x, y) return NaN if either is NaN, and y for (+0, -0) pairs.
-// Comparisons
-//   give 1.0 or 0.0, and 0.0 if either side is NaN. Select(m, a, b) is a where m != 0 (NaN counts
-//   as
-//   != 0), and never lets the untaken branch into the result.
+//   Comparisons give 1.0 or 0.0, and 0.0 if either side is NaN. Select(m, a, b) is a where m != 0
+//   (NaN counts as != 0), and never lets the untaken branch into the result.
 // - Whatever can differ between two calls (time, noise, context, learning rate, parameters, seeds)
-// is
-//   an Input or a Parameter leaf, never a constant.
+//   is an Input or a Parameter leaf, never a constant.
 #pragma once
 
 #include <cstdint>

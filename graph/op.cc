@@ -12,15 +12,8 @@
 
 namespace calotype {
 
-#define OP1(...)
-#define OP2(...)
-#define OP3(...)
 #define CALL(Name) extern const Op k##Name##Op;
 #include "graph/ops.def"
-#undef OP1
-#undef OP2
-#undef OP3
-#undef CALL
 
 const Op kInputOp{.name = "Input",
                   .kind = OpKind::kLeaf,
@@ -173,12 +166,7 @@ const ElementwiseOps& Elementwise() {
   result.Add<Name##Formula, 2>(#Name, #formula, ElementwiseInfo::domain, eps, source);
 #define OP3(Name, formula, domain, eps, source) \
   result.Add<Name##Formula, 3>(#Name, #formula, ElementwiseInfo::domain, eps, source);
-#define CALL(Name)
 #include "graph/ops.def"
-#undef OP1
-#undef OP2
-#undef OP3
-#undef CALL
     return result;
   }();
   return ops;
@@ -189,12 +177,7 @@ enum Entry : int {
 #define OP1(Name, ...) k##Name##Entry,
 #define OP2(Name, ...) k##Name##Entry,
 #define OP3(Name, ...) k##Name##Entry,
-#define CALL(Name)
 #include "graph/ops.def"
-#undef OP1
-#undef OP2
-#undef OP3
-#undef CALL
 };
 
 Value EmitEntry(int entry, std::initializer_list<Value> inputs) {
@@ -211,26 +194,14 @@ Value EmitEntry(int entry, std::initializer_list<Value> inputs) {
   Value Name(float x, Value y) { return Name(y.graph->Constant(x), y); }
 #define OP3(Name, ...) \
   Value Name(Value x, Value y, Value z) { return EmitEntry(k##Name##Entry, {x, y, z}); }
-#define CALL(Name)
 #include "graph/ops.def"
-#undef OP1
-#undef OP2
-#undef OP3
-#undef CALL
 
 std::span<const Op* const> AllOps() {
   static const std::vector<const Op*> ops = [] {
     const ElementwiseOps& elementwise = Elementwise();
     std::vector<const Op*> result = elementwise.entries;
-#define OP1(...)
-#define OP2(...)
-#define OP3(...)
 #define CALL(Name) result.push_back(&k##Name##Op);
 #include "graph/ops.def"
-#undef OP1
-#undef OP2
-#undef OP3
-#undef CALL
     result.insert(result.end(), elementwise.derivatives.begin(), elementwise.derivatives.end());
     return result;
   }();

@@ -48,7 +48,7 @@ struct GradientContext {
   std::span<const bool> needs;      // which inputs need a gradient
 };
 
-// A sample for tests and benchmarks: input types and attributes.
+// A sample for tests: input types and attributes.
 struct OpSample {
   std::vector<TensorType> inputs;
   Attrs attrs;

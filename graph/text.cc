@@ -1,9 +1,8 @@
 #include "graph/text.h"
 
 #include <charconv>
-#include <cmath>
-#include <cstdlib>
 #include <map>
+#include <optional>
 
 #include "core/error.h"
 #include "graph/op.h"
@@ -30,6 +29,15 @@ std::string ConstantText(const Tensor& x, int64_t max_constant) {
       return fmt::format("[{}]", fmt::join(x.values<int64_t>(), ", "));
   }
   return "";
+}
+
+// The whole of `word` as a number, or nothing.
+template <class T>
+std::optional<T> Whole(std::string_view word) {
+  T value{};
+  auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
+  if (error != std::errc() || end != word.data() + word.size()) return {};
+  return value;
 }
 
 // Reads one line, token by token.
@@ -102,24 +110,15 @@ class Reader {
     Expect(at != kTypes.end(), "a dtype (f32, f64, i32, i64)");
     return {at->second, Shape(Integers())};
   }
-  double Number() {
-    std::string word = Word(",]} ");
-    char* end = nullptr;
-    double value = std::strtod(word.c_str(), &end);
-    Expect(end == word.c_str() + word.size(), "a number");
-    return value;
-  }
   AttrValue Attribute() {
     Space();
     if (rest_.starts_with('"')) return Quoted();
     if (rest_.starts_with('[')) return Integers();
     std::string word = Word(",}");
-    if (word.find_first_of(".einf") == std::string::npos)
-      return std::strtoll(word.c_str(), nullptr, 10);
-    char* end = nullptr;
-    double value = std::strtod(word.c_str(), &end);
-    Expect(end == word.c_str() + word.size(), "an attribute value");
-    return value;
+    if (auto integer = Whole<int64_t>(word)) return *integer;
+    auto number = Whole<double>(word);
+    Expect(number.has_value(), "an attribute value");
+    return *number;
   }
 
  private:
@@ -135,8 +134,10 @@ Tensor ReadConstant(Reader& line, int64_t limit) {
     line.Expect(!line.rest().starts_with("..."), "the values of the constant (they were left out)");
     line.Expect(static_cast<int64_t>(values.size()) < limit, "fewer values");
     std::string word = line.Word(",]");
-    values.push_back(std::strtod(word.c_str(), nullptr));
-    integers.push_back(std::strtoll(word.c_str(), nullptr, 10));
+    auto number = Whole<double>(word);
+    line.Expect(number.has_value(), "a number");
+    values.push_back(*number);
+    integers.push_back(Whole<int64_t>(word).value_or(0));  // a double cannot hold every i64
   });
   line.Need(":");
   TensorType type = line.Type();

@@ -21,8 +21,8 @@ std::vector<Taps> TriangleTaps(int from, int to) {
   double support = std::max(scale, 1.0);
   for (int i = 0; i < to; ++i) {
     double center = (i + 0.5) * scale;
-    int first = std::max(0, static_cast<int>(center - support + 0.5));
-    int last = std::min(from, static_cast<int>(center + support + 0.5));
+    int first = std::max(0, static_cast<int>(std::floor(center - support + 0.5)));
+    int last = std::min(from, static_cast<int>(std::floor(center + support + 0.5)));
     std::vector<double> weights;
     double sum = 0;
     for (int k = first; k < last; ++k) {

@@ -240,7 +240,7 @@ TensorFileHeader ParseSafetensorsHeader(std::string_view header, uint64_t data_s
   Check<FileError>(!header.starts_with("\xef\xbb\xbf"), "{}: byte order mark at byte 8", file);
   for (size_t i = 0; i < header.size(); ++i) {
     unsigned char c = static_cast<unsigned char>(header[i]);
-    if (c < 0x20 && c != ' ' && c != '\t' && c != '\n' && c != '\r') [[unlikely]] {
+    if (c < 0x20 && c != '\t' && c != '\n' && c != '\r') [[unlikely]] {
       Fail<FileError>("{}: control character 0x{:02x} in the header at byte {}", file, c, i + 8);
     }
   }

@@ -59,8 +59,9 @@ Tensor RenderShape(int64_t caption, float dx, float dy, int side) {
     for (int x = 0; x < side; ++x) {
       int hits = 0;
       for (int s = 0; s < kSamples * kSamples; ++s) {
-        double u = (x + (s % kSamples + .5) / kSamples) / side - .5 - dx;
-        double v = (y + (s / kSamples + .5) / kSamples) / side - .5 - dy;
+        int column = s % kSamples, row = s / kSamples;
+        double u = (x + (column + .5) / kSamples) / side - .5 - dx;
+        double v = (y + (row + .5) / kSamples) / side - .5 - dy;
         hits += Inside(a.shape, u, v, kRadii[a.size]);
       }
       float cover = static_cast<float>(hits) / (kSamples * kSamples);

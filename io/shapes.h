@@ -3,10 +3,13 @@
 // small enough to train on in minutes and its accuracy can be measured without a person.
 //
 // Geometry, in units of the side with y downward, r = .24 (small) or .42 (large), (u, v) = point
-// minus centre: circle u^2 + v^2 <= r^2; square max(|u|, |v|) <= .95 r; triangle with the apex (0,
-// -r) and the base corners (+-r, .8 r); cross (a plus) max(|u|, |v|) <= r and min(|u|, |v|) <= .32
-// r. The centre is
-// (.5, .5) plus a jitter uniform in +-.08 on each axis. A pixel is the mean of 4 x 4 samples.
+// minus centre:
+//   circle    u^2 + v^2 <= r^2
+//   square    max(|u|, |v|) <= .95 r
+//   triangle  apex (0, -r), base corners (+-r, .8 r)
+//   cross     max(|u|, |v|) <= r and min(|u|, |v|) <= .32 r (a plus)
+// The centre is (.5, .5) plus a jitter uniform in +-.08 on each axis. A pixel is the mean of 4 x 4
+// samples.
 #pragma once
 
 #include <array>

@@ -5,15 +5,8 @@
 
 namespace calotype {
 
-#define OP1(...)
-#define OP2(...)
-#define OP3(...)
 #define CALL(Name) extern const Op k##Name##Op;
 #include "graph/ops.def"
-#undef OP1
-#undef OP2
-#undef OP3
-#undef CALL
 
 namespace jit {
 

@@ -46,9 +46,9 @@ class BasicTransformerBlock : public Layer {
 
 // Inputs: hidden_states [B, in_channels, H, W], encoder_hidden_states (optional), attention_mask
 // (optional), encoder_attention_mask (optional). Result [B, out_channels, H, W]:
-//   x + proj_out(blocks(proj_in(norm(x)))), norm with eps 1e-6; the projections are 1x1
-//   convolutions,
-// or linear layers on the tokens with use_linear_projection (the same function).
+//   x + proj_out(blocks(proj_in(norm(x)))), norm with eps 1e-6
+// The projections are 1x1 convolutions, or with use_linear_projection linear layers on the tokens
+// (the same function).
 // A mask of rank 2 holds 1 (keep) and 0 (drop), one of rank 3 is added to the scores.
 class Transformer2DModel : public Layer {
  public:

@@ -36,10 +36,12 @@ std::string CaptionEncoderConfig::ToJson() const {
 
 void CaptionEncoderConfig::Validate() const {
   Tokenizer();
-  Check(hidden_size > 0, "CaptionEncoder: field 'hidden_size' is {}, must be positive",
-        hidden_size);
-  Check(num_layers >= 0, "CaptionEncoder: field 'num_layers' is {}, must not be negative",
-        num_layers);
+  Check(hidden_size > 0 && hidden_size <= 1 << 20,
+        "CaptionEncoder: field 'hidden_size' is {}, must be in [1, {}]", hidden_size, 1 << 20);
+  Check(max_length <= 1 << 20, "CaptionEncoder: field 'max_length' is {}, must be in [1, {}]",
+        max_length, 1 << 20);
+  Check(num_layers >= 0 && num_layers <= 1000,
+        "CaptionEncoder: field 'num_layers' is {}, must be in [0, 1000]", num_layers);
   Check(num_attention_heads > 0 && hidden_size % num_attention_heads == 0,
         "CaptionEncoder: num_attention_heads {} must divide hidden_size {}", num_attention_heads,
         hidden_size);

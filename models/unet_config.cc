@@ -142,21 +142,23 @@ std::string UNet2DConditionConfig::ToJson() const {
 }
 
 void UNet2DConditionConfig::Validate() const {
-  auto positive = [](std::string_view field, int64_t value) {
-    Check(value > 0, "{}: field '{}' is {}, must be positive", kOwner, field, value);
+  // The upper bound keeps products of sizes, and what a damaged file can ask for, within reason.
+  auto positive = [](std::string_view field, int64_t value, int64_t most = 1 << 20) {
+    Check(value > 0 && value <= most, "{}: field '{}' is {}, must be in [1, {}]", kOwner, field,
+          value, most);
   };
   if (sample_size) positive("sample_size", *sample_size);
   positive("in_channels", in_channels);
   positive("out_channels", out_channels);
   positive("norm_num_groups", norm_num_groups);
   Check(norm_eps >= 0, "{}: field 'norm_eps' is {}, must not be negative", kOwner, norm_eps);
-  Check(downsample_padding >= 0, "{}: field 'downsample_padding' is {}, must not be negative",
-        kOwner, downsample_padding);
+  Check(downsample_padding >= 0 && downsample_padding <= 16,
+        "{}: field 'downsample_padding' is {}, must be in [0, 16]", kOwner, downsample_padding);
   Check(mid_block_scale_factor != 0, "{}: field 'mid_block_scale_factor' must not be 0", kOwner);
   for (auto [field, kernel] : {std::pair("conv_in_kernel", conv_in_kernel),
                                std::pair("conv_out_kernel", conv_out_kernel)}) {
-    Check(kernel > 0 && kernel % 2 == 1, "{}: field '{}' is {}, must be odd", kOwner, field,
-          kernel);
+    Check(kernel > 0 && kernel % 2 == 1 && kernel <= 31,
+          "{}: field '{}' is {}, must be odd and in [1, 31]", kOwner, field, kernel);
   }
   CheckActivation(act_fn);
 
@@ -172,14 +174,15 @@ void UNet2DConditionConfig::Validate() const {
     if (size != 1) same(field, size);
   };
   spread("only_cross_attention", only_cross_attention.size());
-  auto spread_positive = [&](std::string_view field, const std::vector<int64_t>& list) {
+  auto spread_positive = [&](std::string_view field, const std::vector<int64_t>& list,
+                             int64_t most = 1 << 20) {
     spread(field, list.size());
-    for (int64_t value : list) positive(field, value);
+    for (int64_t value : list) positive(field, value, most);
   };
   spread_positive("block_out_channels", block_out_channels);
-  spread_positive("layers_per_block", layers_per_block);
+  spread_positive("layers_per_block", layers_per_block, 1000);
   spread_positive("cross_attention_dim", cross_attention_dim);
-  spread_positive("transformer_layers_per_block", transformer_layers_per_block);
+  spread_positive("transformer_layers_per_block", transformer_layers_per_block, 1000);
   spread_positive("attention_head_dim", attention_head_dim);
 
   auto known = [&](std::string_view field, const std::string& value, std::string_view a,

@@ -14,6 +14,8 @@ template <class... F>
 struct Overload : F... {
   using F::operator()...;
 };
+template <class... F>
+Overload(F...) -> Overload<F...>;  // clang needs it before version 17
 
 void CheckNotNegative(const char* rule, const char* name, double value) {
   Check(std::isfinite(value) && value >= 0, "{}: {} is {}, expected a number >= 0", rule, name,

@@ -3,10 +3,9 @@
 // is baked in: the learning rate and the bias corrections are declared inputs. One step is
 //
 //   Optimizer optimizer(AdamW{}, parameters, /*max_gradient_norm=*/1);
-//   auto step = optimizer.ExportUpdates(graph, Gradients(...));   // once, when the graph is built
+//   auto step = optimizer.ExportUpdates(graph, Gradients(...));  // once, when the graph is built
 //   graph.Output("gradient_norm", step.gradient_norm);
-//   inputs += optimizer.Inputs(k, learning_rate);                 // for the k-th update, k = 1, 2,
-//   ...
+//   inputs += optimizer.Inputs(k, learning_rate);     // for the k-th update, k = 1, 2, and so on
 //
 // A step whose gradient norm is not finite changes neither parameters nor state, bit for bit; the
 // caller sees it in the norm and does not count it as an update.
