@@ -9,6 +9,7 @@
 #include "graph/passes.h"
 #include "jit/compile_check.h"
 #include "jit/kernel.h"
+#include "jit/kernel_info.h"
 #include "jit/orc.h"
 #include "jit/plan.h"
 
@@ -116,9 +117,10 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
     std::vector<ExecutableData::Step> result;
     for (const Step& step : steps) {
       int64_t chunks = Chunks(step.spec);
-      if (chunks > 0)
-        result.push_back({kernels->functions()[next], chunks, step.buffers, step.label});
       Check<InternalError>(chunks > 0, "compile: step \"{}\" is empty", step.label);
+      KernelInfo info = DescribeKernel(step.spec);
+      result.push_back({kernels->functions()[next], chunks, step.buffers, step.label, info.kind,
+                        info.shape, info.flop});
       ++next;
     }
     return result;

@@ -5,9 +5,10 @@
 #include <algorithm>
 #include <chrono>
 #include <numeric>
+#include <thread>
 
 #include "core/debug.h"
-#include "core/parallel.h"
+#include "jit/runtime/thread_pool.h"
 
 namespace calotype::jit {
 
@@ -27,13 +28,41 @@ void RunStep(const Step& step, void* const* pointers) {
     return;
   }
   Call call{step.kernel, pointers};
-  ParallelChunks(
+  RunChunks(
       step.chunks,
       [](void* context, int64_t chunk) {
         auto& c = *static_cast<Call*>(context);
         c.kernel(c.pointers, chunk, chunk + 1);
       },
       &call);
+}
+
+double Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// A step of a call whose events are recorded. Chunks report under the lock; times are absolute.
+struct WatchedStep {
+  Call call;
+  std::mutex mutex;
+  std::vector<std::thread::id>& threads;
+  std::vector<RunProfile::Event> events;  // by thread
+};
+
+void RunWatchedChunk(void* context, int64_t chunk) {
+  auto& watched = *static_cast<WatchedStep*>(context);
+  double begin = Now();
+  watched.call.kernel(watched.call.pointers, chunk, chunk + 1);
+  double end = Now();
+  std::lock_guard lock(watched.mutex);
+  auto& threads = watched.threads;
+  auto known = std::find(threads.begin(), threads.end(), std::this_thread::get_id());
+  auto thread = static_cast<size_t>(known - threads.begin());
+  if (known == threads.end()) threads.push_back(std::this_thread::get_id());
+  if (watched.events.size() <= thread) watched.events.resize(thread + 1);
+  RunProfile::Event& event = watched.events[thread];
+  if (event.chunks++ == 0) event.begin = begin;
+  event.end = end;
 }
 
 // Of the whole process.
@@ -71,30 +100,30 @@ struct Executable::Prepared {
 
 Executable::Executable(ExecutableData data) : data_(std::move(data)) {
   timing_ = DebugEnabled("time");
-  step_times_.resize(data_.steps.size());
   free_.reserve(64);
   free_.push_back(NewWorkspace());
   Prepare();
 }
 
 Executable::~Executable() {
-  if (!timing_ || runs_ == 0) return;
-  std::vector<size_t> order(data_.steps.size());
+  if (!timing_ || times_.runs == 0) return;
+  const std::vector<RunProfile::StepTime>& times = times_.steps;
+  std::vector<size_t> order(times.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::stable_sort(order.begin(), order.end(),
-                   [&](size_t a, size_t b) { return step_times_[a].cpu > step_times_[b].cpu; });
-  double runs = static_cast<double>(runs_.load()), wall = 0, cpu = 0;
-  for (const StepTime& time : step_times_) {
+                   [&](size_t a, size_t b) { return times[a].cpu > times[b].cpu; });
+  double runs = static_cast<double>(times_.runs), wall = 0, cpu = 0;
+  for (const RunProfile::StepTime& time : times) {
     wall += time.wall;
     cpu += time.cpu;
   }
-  DebugLine(fmt::format("time: {} steps, {:.3f} ms a run, {:.3f} ms of CPU, {} runs",
-                        data_.steps.size(), wall / runs * 1e3, cpu / runs * 1e3, runs_.load()));
+  DebugLine(fmt::format("time: {} steps, {:.3f} ms a run, {:.3f} ms of CPU, {} runs", times.size(),
+                        wall / runs * 1e3, cpu / runs * 1e3, times_.runs));
   for (size_t step : order) {
-    const StepTime& time = step_times_[step];
     DebugLine(fmt::format("time: {:9.1f} us {:9.1f} us CPU {:5.1f} %  step {:4} ({} chunks) {}",
-                          time.wall / runs * 1e6, time.cpu / runs * 1e6, 100 * time.cpu / cpu, step,
-                          data_.steps[step].chunks, data_.steps[step].label));
+                          times[step].wall / runs * 1e6, times[step].cpu / runs * 1e6,
+                          100 * times[step].cpu / cpu, step, data_.steps[step].chunks,
+                          data_.steps[step].label));
   }
 }
 
@@ -227,23 +256,58 @@ void Executable::Execute(const std::vector<Step>& steps, void* const* pointers) 
 }
 
 void Executable::ExecuteWatched(void* const* pointers, StepChecker* checker,
-                                std::span<void* const> addresses) {
+                                std::span<void* const> addresses, RunProfile* profile) {
+  if (profile) {
+    profile->steps.resize(data_.steps.size());
+    profile->events.clear();
+    ++profile->runs;
+  }
+  std::vector<std::thread::id> threads;
+  double start = Now();
   for (size_t s = 0; s < data_.steps.size(); ++s) {
-    auto start = std::chrono::steady_clock::now();
-    double cpu = CpuSeconds();
-    RunStep(data_.steps[s], pointers);
-    if (timing_) {
-      std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-      std::lock_guard lock(time_mutex_);
-      step_times_[s].wall += seconds.count();
-      step_times_[s].cpu += CpuSeconds() - cpu;
+    const Step& step = data_.steps[s];
+    double begin = Now(), cpu = CpuSeconds();
+    if (profile && profile->want_events) {
+      WatchedStep watched{.call = {step.kernel, pointers}, .threads = threads};
+      RunChunks(step.chunks, RunWatchedChunk, &watched);
+      for (size_t t = 0; t < watched.events.size(); ++t) {
+        const RunProfile::Event& event = watched.events[t];
+        if (event.chunks == 0) continue;
+        profile->events.push_back({static_cast<int>(s), static_cast<int>(t), event.begin - start,
+                                   event.end - start, event.chunks});
+      }
+    } else {
+      RunStep(step, pointers);
     }
-    pointers += data_.steps[s].buffers.size();
+    if (profile) {
+      profile->steps[s].wall += Now() - begin;
+      profile->steps[s].cpu += CpuSeconds() - cpu;
+    }
+    pointers += step.buffers.size();
     if (checker) checker->AfterStep(false, s, addresses);
   }
 }
 
 void Executable::Run(std::span<const Tensor> inputs, std::span<Tensor> outputs) {
+  if (!timing_) return RunOnce(inputs, outputs, nullptr);
+  RunProfile profile;
+  RunOnce(inputs, outputs, &profile);
+  std::lock_guard lock(time_mutex_);
+  times_.runs += profile.runs;
+  times_.steps.resize(profile.steps.size());
+  for (size_t s = 0; s < profile.steps.size(); ++s) {
+    times_.steps[s].wall += profile.steps[s].wall;
+    times_.steps[s].cpu += profile.steps[s].cpu;
+  }
+}
+
+void Executable::Run(std::span<const Tensor> inputs, std::span<Tensor> outputs,
+                     RunProfile& profile) {
+  RunOnce(inputs, outputs, &profile);
+}
+
+void Executable::RunOnce(std::span<const Tensor> inputs, std::span<Tensor> outputs,
+                         RunProfile* profile) {
   CheckArguments(inputs, outputs);
   std::shared_ptr<Prepared> prepared = Prepare();
   CheckIndices(inputs, *prepared);
@@ -262,7 +326,7 @@ void Executable::Run(std::span<const Tensor> inputs, std::span<Tensor> outputs) 
     workspace->pointers[patch.position] =
         Address(data_.buffers[patch.buffer], nullptr, persistent, inputs, outputs);
   }
-  if (data_.make_checker || timing_) {
+  if (data_.make_checker || profile) {
     std::unique_ptr<StepChecker> checker;
     std::vector<void*> addresses;
     if (data_.make_checker) {
@@ -272,7 +336,7 @@ void Executable::Run(std::span<const Tensor> inputs, std::span<Tensor> outputs) 
       }
       for (size_t s = 0; s < data_.prepare.size(); ++s) checker->AfterStep(true, s, addresses);
     }
-    ExecuteWatched(workspace->pointers.data(), checker.get(), addresses);
+    ExecuteWatched(workspace->pointers.data(), checker.get(), addresses, profile);
   } else {
     Execute(data_.steps, workspace->pointers.data());
   }

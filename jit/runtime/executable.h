@@ -13,6 +13,7 @@
 
 #include "core/parameter.h"
 #include "core/tensor.h"
+#include "jit/runtime/run_profile.h"
 
 namespace calotype::jit {
 
@@ -54,6 +55,8 @@ struct ExecutableData {
     int64_t chunks = 1;
     std::vector<int> buffers;
     std::string label;
+    std::string kind = {}, shape = {};  // for people
+    double flop = 0;                    // of its contractions, a multiply-add counts 2
   };
   // Indices that must lie in [0, limit).
   struct IndexCheck {
@@ -93,10 +96,14 @@ class Executable {
   // As above into existing tensors, which must not overlap inputs, parameters or each other
   // (Errors: ValueError). Allocates nothing unless weights have changed or calls overlap.
   void Run(std::span<const Tensor> inputs, std::span<Tensor> outputs);
+  // The same, adding what each step took to `profile`, which only this call may use meanwhile.
+  void Run(std::span<const Tensor> inputs, std::span<Tensor> outputs, RunProfile& profile);
 
   const std::vector<TensorType>& input_types() const { return data_.input_types; }
   const std::vector<TensorType>& output_types() const { return data_.output_types; }
   ExecutableStats Stats() const;
+  // The kernel calls of a run, in order.
+  std::span<const ExecutableData::Step> steps() const { return data_.steps; }
 
  private:
   struct Workspace;
@@ -109,8 +116,9 @@ class Executable {
   void* Address(const ExecutableData::Buffer& buffer, void* arena, void* persistent,
                 std::span<const Tensor> inputs, std::span<Tensor> outputs) const;
   void Execute(const std::vector<ExecutableData::Step>& steps, void* const* pointers);
+  void RunOnce(std::span<const Tensor> inputs, std::span<Tensor> outputs, RunProfile* profile);
   void ExecuteWatched(void* const* pointers, StepChecker* checker,
-                      std::span<void* const> addresses);
+                      std::span<void* const> addresses, RunProfile* profile);
 
   ExecutableData data_;
   std::mutex mutex_;  // guards prepared_ and free_
@@ -119,11 +127,7 @@ class Executable {
   std::atomic<int64_t> runs_ = 0, repacks_ = 0;
   bool timing_ = false;
   std::mutex time_mutex_;
-  // With CALOTYPE_DEBUG=time: the sums over all runs. CPU time is that of the whole process.
-  struct StepTime {
-    double wall = 0, cpu = 0;  // seconds
-  };
-  std::vector<StepTime> step_times_;
+  RunProfile times_;  // with CALOTYPE_DEBUG=time, guarded by time_mutex_
 };
 
 }  // namespace calotype::jit
