@@ -29,6 +29,13 @@ UNet2DConditionConfig Small32() {
   return c;
 }
 
+UNet2DConditionConfig Attn32() {
+  UNet2DConditionConfig c = Small32();
+  c.down_block_types = {"CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"};
+  c.up_block_types = {"UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"};
+  return c;
+}
+
 UNet2DConditionConfig Sd15() {
   UNet2DConditionConfig c;  // diffusers' defaults are nearly it
   c.sample_size = 64;
@@ -40,7 +47,8 @@ struct Preset {
   std::string_view name;
   UNet2DConditionConfig (*config)();
 };
-constexpr Preset kPresets[] = {{"toy16", Toy16}, {"small32", Small32}, {"sd15", Sd15}};
+constexpr Preset kPresets[] = {
+    {"toy16", Toy16}, {"small32", Small32}, {"attn32", Attn32}, {"sd15", Sd15}};
 
 }  // namespace
 

@@ -17,14 +17,19 @@ Backend ParseBackend(std::string_view name) {
   return Backend::kJit;
 }
 
-GraphRunner::GraphRunner(ComputationGraph graph, Backend backend) : graph_(std::move(graph)) {
+GraphRunner::GraphRunner(ComputationGraph graph, Backend backend)
+    : GraphRunner(std::move(graph), backend, jit::CompileOptions{}) {}
+
+GraphRunner::GraphRunner(ComputationGraph graph, Backend backend,
+                         const jit::CompileOptions& options)
+    : graph_(std::move(graph)) {
   if (backend == Backend::kEager) {
     graph_ = Optimize(graph_);
     interpreter_ = std::make_unique<Interpreter>(graph_);
     return;
   }
   auto start = std::chrono::steady_clock::now();
-  compiled_ = jit::Compile(graph_);
+  compiled_ = jit::Compile(graph_, options);
   compile_seconds_ =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }

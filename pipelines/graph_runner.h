@@ -15,6 +15,7 @@ namespace calotype {
 class Interpreter;
 namespace jit {
 class Executable;
+struct CompileOptions;
 }
 
 enum class Backend : uint8_t {
@@ -29,6 +30,8 @@ class GraphRunner {
  public:
   // Takes the graph and compiles it for kJit. Errors: those of jit::Compile.
   GraphRunner(ComputationGraph graph, Backend backend);
+  // The options have no effect on kEager.
+  GraphRunner(ComputationGraph graph, Backend backend, const jit::CompileOptions& options);
   ~GraphRunner();
   GraphRunner(const GraphRunner&) = delete;
 
