@@ -1,5 +1,7 @@
 #include "layers/attention_math.h"
 
+#include <algorithm>
+
 namespace calotype {
 
 namespace {
@@ -38,6 +40,38 @@ ExplicitAttentionResult ExplicitAttention(Value q, Value k, Value v, int64_t hea
   }
   Value out = Permute(MatMul(used, SplitHeads(v, heads)), {0, 2, 1, 3});
   return {Reshape(out, {q.dim(0), tokens, v.dim(2)}), weights};
+}
+
+Value SlicedAttention(Value q, Value k, Value v, int64_t heads, double scale, Value mask,
+                      int64_t slice_size) {
+  int64_t batch = q.dim(0), rows = batch * heads;
+  // [rows, tokens, D], row b * heads + h.
+  auto split = [&](Value x) {
+    Value y = SplitHeads(x, heads);
+    if (y.dim(0) != batch) y = Broadcast(y, {batch, heads, y.dim(2), y.dim(3)});
+    return Reshape(y, {rows, y.dim(2), y.dim(3)});
+  };
+  // The scale goes to the queries: the scores are larger.
+  q = split(scale != 1 ? q * static_cast<float>(scale) : q);
+  k = split(k);
+  v = split(v);
+  if (mask.defined()) mask = Reshape(mask, {mask.dim(0) * mask.dim(1), mask.dim(2), mask.dim(3)});
+  std::vector<Value> slices;
+  for (int64_t begin = 0; begin < rows; begin += slice_size) {
+    int64_t count = std::min(slice_size, rows - begin);
+    Value scores = MatMul(Slice(q, 0, begin, count), Slice(k, 0, begin, count), false, true);
+    if (mask.defined()) {
+      std::vector<int64_t> mask_rows;  // one for each row, for each sample, or for all
+      for (int64_t row = begin; row < begin + count; ++row) {
+        mask_rows.push_back(mask.dim(0) == rows ? row : mask.dim(0) == 1 ? 0 : row / heads);
+      }
+      scores = scores + Gather(mask, q.graph->Constant(Tensor::From({count}, mask_rows)), 0);
+    }
+    slices.push_back(MatMul(Softmax(scores, -1), Slice(v, 0, begin, count)));
+  }
+  Value out = slices.size() == 1 ? slices[0] : Concat(slices, 0);
+  out = Permute(Reshape(out, {batch, heads, out.dim(1), out.dim(2)}), {0, 2, 1, 3});
+  return Reshape(out, {batch, out.dim(1), heads * out.dim(3)});
 }
 
 Value PictureToTokens(Value x) {

@@ -20,6 +20,11 @@ struct ExplicitAttentionOptions {
 ExplicitAttentionResult ExplicitAttention(Value q, Value k, Value v, int64_t heads, double scale,
                                           Value mask, const ExplicitAttentionOptions& options = {});
 
+// The same for slice_size rows at a time of the batch * heads rows (the last slice may be smaller),
+// one slice after the other, so that only one slice's scores exist at a time; [B, L, H*D].
+Value SlicedAttention(Value q, Value k, Value v, int64_t heads, double scale, Value mask,
+                      int64_t slice_size);
+
 // Pictures as tokens and back: [B, C, H, W] <-> [B, H*W, C].
 Value PictureToTokens(Value x);
 Value TokensToPicture(Value tokens, int64_t height, int64_t width);

@@ -30,6 +30,12 @@ void Layer::Attach(std::string name, std::unique_ptr<Layer> layer) {
   layers_.push_back(std::move(layer));
 }
 
+void Layer::RemoveLayer(const Layer* layer) {
+  size_t removed = std::erase_if(layers_, [&](const auto& other) { return other.get() == layer; });
+  Check<InternalError>(removed == 1, "{}: the sub-layer to remove is not there", Describe());
+  Changed();
+}
+
 void Layer::SetPath(const std::string& path) {
   path_ = path;
   for (Declaration& declaration : parameters_) {

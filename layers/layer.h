@@ -146,6 +146,8 @@ class Layer {
     Attach(std::move(name), std::move(layer));
     return result;
   }
+  // Removes a sub-layer with its parameters; graphs that were exported before keep them alive.
+  void RemoveLayer(const Layer* layer);
 
   // The leaf of an own parameter.
   Value Leaf(ComputationGraph& graph, std::string_view name);
