@@ -45,6 +45,9 @@ ExecutableData::Buffer Convert(const Buffer& buffer, const LoweredProgram& progr
     case Storage::kPersistent:
       to.kind = To::kPersistent;
       break;
+    case Storage::kDerived:
+      to.kind = To::kDerived;
+      break;
     case Storage::kInput:
       to.kind = To::kInput;
       break;
@@ -93,7 +96,8 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
   auto start = std::chrono::steady_clock::now();
   auto program =
       std::make_shared<LoweredProgram>(Lower(graph, {.fuse = options.fuse && PassEnabled("fuse"),
-                                                     .winograd_bytes = options.winograd_bytes}));
+                                                     .winograd_bytes = options.winograd_bytes,
+                                                     .rare_inputs = options.rare_inputs}));
   MemoryPlan plan = PlanMemory(*program);
   ExecutableData data;
   data.stats.lower_ms = MillisecondsSince(start);
@@ -107,7 +111,7 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
 
   start = std::chrono::steady_clock::now();
   std::vector<NamedSpec> specs;
-  for (const auto* steps : {&program->prepare, &program->steps}) {
+  for (const auto* steps : {&program->prepare, &program->derive, &program->steps}) {
     for (const Step& step : *steps) specs.push_back({step.spec, step.label});
   }
   auto kernels = std::make_shared<CompiledKernels>(CompileKernels(specs));
@@ -126,6 +130,7 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
     return result;
   };
   data.prepare = convert(program->prepare);
+  data.derive = convert(program->derive);
   data.steps = convert(program->steps);
   for (const Buffer& buffer : program->buffers) data.buffers.push_back(Convert(buffer, *program));
   for (const IndexCheck& check : program->checks) data.checks.push_back(Convert(check));
@@ -139,14 +144,19 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
   }
   data.parameters = program->parameters;
   data.constants = program->constants;
+  auto add = [](auto& list, const auto& element) {
+    if (std::find(list.begin(), list.end(), element) == list.end()) list.push_back(element);
+  };
   for (int index : program->updated) data.updated.push_back(program->parameters[index]);
-  for (const Step& step : program->prepare) {
-    for (int b : step.buffers) {
-      const Buffer& buffer = program->buffers[b];
-      if (buffer.storage != Storage::kParameter) continue;
-      const ParameterPtr& parameter = program->parameters[buffer.index];
-      auto known = std::find(data.packed.begin(), data.packed.end(), parameter);
-      if (known == data.packed.end()) data.packed.push_back(parameter);
+  for (const auto* steps : {&program->prepare, &program->derive}) {
+    for (const Step& step : *steps) {
+      for (int b : step.buffers) {
+        const Buffer& buffer = program->buffers[b];
+        if (buffer.storage == Storage::kInput) add(data.rare_inputs, buffer.index);
+        if (buffer.storage == Storage::kParameter) {
+          add(data.packed, program->parameters[buffer.index]);
+        }
+      }
     }
   }
   data.stats.regions = program->regions;
@@ -154,11 +164,13 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
   data.stats.copies = program->copies;
   data.stats.steps = static_cast<int>(data.steps.size());
   data.stats.prepare_steps = static_cast<int>(data.prepare.size());
+  data.stats.derive_steps = static_cast<int>(data.derive.size());
   data.stats.kernels = static_cast<int>(kernels->compiled());
   data.stats.code_bytes = kernels->code_bytes();
   data.stats.arena_bytes = plan.arena_bytes;
   data.stats.max_live_bytes = plan.max_live_bytes;
   data.stats.persistent_bytes = plan.persistent_bytes;
+  data.stats.derived_bytes = plan.derived_bytes;
   data.code = kernels;
   if (mode == Mode::kCheck || options.check) data.make_checker = MakeChecker(program);
   return std::make_unique<Executable>(std::move(data));

@@ -25,6 +25,11 @@ struct CompileOptions {
   // large as the kernels, stay within this many bytes altogether; 0: never.
   int64_t winograd_bytes = int64_t{2} << 30;
   bool check = false;  // as CALOTYPE_JIT=check
+  // Names of inputs that keep their value over many calls, such as a prompt's context over the
+  // steps of sampling. What depends on them and on parameters alone is computed when their bytes
+  // have changed, and kept; results are those of a graph compiled without. Errors: ValueError for
+  // a name that is no input.
+  std::vector<std::string> rare_inputs;
 };
 
 // False with CALOTYPE_JIT=off. Errors: ValueError for an unknown value of the variable.

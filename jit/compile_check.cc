@@ -40,8 +40,10 @@ class Checker : public StepChecker {
   Checker(std::shared_ptr<const LoweredProgram> program, std::span<const Tensor> inputs)
       : program_(std::move(program)), values_(Interpret(program_->graph, inputs)) {}
 
-  void AfterStep(bool prepare, size_t step, std::span<void* const> addresses) override {
-    const Step& s = (prepare ? program_->prepare : program_->steps)[step];
+  void AfterStep(Part part, size_t step, std::span<void* const> addresses) override {
+    const Step& s = (part == kPrepare  ? program_->prepare
+                     : part == kDerive ? program_->derive
+                                       : program_->steps)[step];
     for (const auto& [value, view] : s.results) {
       const Tensor& expected = values_[value.node][value.output];
       if (expected.dtype() != DType::kF32) continue;

@@ -11,7 +11,8 @@ namespace calotype::jit {
 Lowering::Lowering(const ComputationGraph& graph, const LowerOptions& options)
     : graph_(program_.graph = Normalize(graph, options)),
       groups_(graph_, options.fuse),
-      layouts_(PreferredLayouts(graph_)) {
+      layouts_(PreferredLayouts(graph_)),
+      rare_inputs_(options.rare_inputs) {
   for (const ComputationNode& node : graph_.nodes()) {
     locations_.emplace_back(node.types.size());
   }
@@ -23,7 +24,7 @@ LoweredProgram Lowering::Run() {
   WriteOutputs();
   WriteUpdates();
   UpdateInPlace();
-  SplitPrepare();
+  SplitByChange(rare_inputs_);
   return std::move(program_);
 }
 
@@ -380,25 +381,40 @@ void Lowering::UpdateInPlace() {
 }
 
 // Steps that depend only on parameters which the graph does not write, and on constants, run once
-// for each version of the parameters; what they write persists.
-void Lowering::SplitPrepare() {
-  std::set<int> updated(program_.updated.begin(), program_.updated.end());
-  std::vector<bool> fixed;
-  for (const Buffer& buffer : program_.buffers) {
-    fixed.push_back(buffer.storage == Storage::kArena || buffer.storage == Storage::kConstant ||
-                    (buffer.storage == Storage::kParameter && !updated.count(buffer.index)));
+// for each version of the parameters; those that depend on rare inputs besides, once for each value
+// of these. What they write outlives a run.
+void Lowering::SplitByChange(const std::vector<std::string>& rare_inputs) {
+  enum Change : uint8_t { kNever, kRarely, kAlways };
+  std::set<int> rare;  // numbers of the inputs
+  for (const std::string& name : rare_inputs) {
+    std::vector<std::string> names;
+    for (int32_t input : graph_.inputs()) names.push_back(graph_.node(input).name);
+    auto it = std::find(names.begin(), names.end(), name);
+    Check(it != names.end(), "compile: the rare input \"{}\" is none of the inputs ({})", name,
+          fmt::join(names, ", "));
+    rare.insert(static_cast<int>(it - names.begin()));
   }
-  auto is_fixed = [&](const Step& step) {
-    return std::all_of(step.buffers.begin(), step.buffers.end(), [&](int b) { return fixed[b]; });
+  std::set<int> updated(program_.updated.begin(), program_.updated.end());
+  std::vector<Change> change;
+  for (const Buffer& buffer : program_.buffers) {
+    bool never = buffer.storage == Storage::kArena || buffer.storage == Storage::kConstant ||
+                 (buffer.storage == Storage::kParameter && !updated.count(buffer.index));
+    bool rarely = buffer.storage == Storage::kInput && rare.count(buffer.index);
+    change.push_back(never ? kNever : rarely ? kRarely : kAlways);
+  }
+  auto change_of = [&](const Step& step) {
+    Change most = kNever;
+    for (int buffer : step.buffers) most = std::max(most, change[buffer]);
+    return most;
   };
   for (bool changed = true; changed;) {
     changed = false;
     for (const Step& step : program_.steps) {
-      if (is_fixed(step)) continue;
+      Change most = change_of(step);
       ForEachOperand(step.spec, [&](const Operand& operand, bool written) {
         int buffer = step.buffers[operand.pointer];
-        if (written && fixed[buffer]) {
-          fixed[buffer] = false;
+        if (written && change[buffer] < most) {
+          change[buffer] = most;
           changed = true;
         }
       });
@@ -406,16 +422,21 @@ void Lowering::SplitPrepare() {
   }
   std::vector<Step> steps;
   for (Step& step : program_.steps) {
-    (is_fixed(step) ? program_.prepare : steps).push_back(std::move(step));
+    Change most = change_of(step);
+    (most == kNever ? program_.prepare : most == kRarely ? program_.derive : steps)
+        .push_back(std::move(step));
   }
   program_.steps = std::move(steps);
-  for (const Step& step : program_.prepare) {
-    for (int buffer : step.buffers) {
-      if (program_.buffers[buffer].storage == Storage::kArena) {
-        program_.buffers[buffer].storage = Storage::kPersistent;
+  auto keep = [&](const std::vector<Step>& part, Storage kept) {
+    for (const Step& step : part) {
+      for (int buffer : step.buffers) {
+        Storage& storage = program_.buffers[buffer].storage;
+        if (storage == Storage::kArena) storage = kept;
       }
     }
-  }
+  };
+  keep(program_.prepare, Storage::kPersistent);
+  keep(program_.derive, Storage::kDerived);
 }
 
 std::string ToString(const LoweredProgram& program) {
@@ -425,7 +446,7 @@ std::string ToString(const LoweredProgram& program) {
       std::string buffers;
       for (int buffer : steps[i].buffers) {
         const Buffer& b = program.buffers[buffer];
-        constexpr const char* kNames[] = {"",        "persistent ", "input ",
+        constexpr const char* kNames[] = {"",        "persistent ", "derived ", "input ",
                                           "output ", "parameter ",  "constant "};
         buffers += fmt::format("{}{}{}", buffers.empty() ? "" : ", ",
                                kNames[static_cast<int>(b.storage)], buffer);
@@ -435,6 +456,7 @@ std::string ToString(const LoweredProgram& program) {
     }
   };
   add("prepare", program.prepare);
+  add("derive", program.derive);
   add("step", program.steps);
   return text;
 }

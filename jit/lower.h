@@ -20,6 +20,7 @@ namespace calotype::jit {
 enum class Storage : uint8_t {
   kArena,       // lives within one run
   kPersistent,  // made from parameters and constants, kept until a parameter changes
+  kDerived,     // made from rare inputs as well, kept until one of them changes
   kInput,       // these four are the caller's: `index` is the number of the
   kOutput,      // input, output, parameter or constant
   kParameter,
@@ -31,7 +32,7 @@ struct Buffer {
   int index = 0;
   DType dtype = DType::kF32;
   int64_t elements = 0;
-  int64_t offset = 0;  // bytes inside the arena or the persistent block, set by PlanMemory
+  int64_t offset = 0;  // bytes inside the arena, the persistent or the derived block: PlanMemory
   std::string label;
 };
 
@@ -55,6 +56,7 @@ struct LoweredProgram {
   ComputationGraph graph;  // after decomposition: what the steps compute
   std::vector<Buffer> buffers;
   std::vector<Step> prepare;  // parameters and constants -> persistent buffers
+  std::vector<Step> derive;   // and rare inputs -> derived buffers
   std::vector<Step> steps;
   std::vector<IndexCheck> checks;  // before the first step
   std::vector<ParameterPtr> parameters;
@@ -68,6 +70,7 @@ struct LoweredProgram {
 struct LowerOptions {
   bool fuse = true;
   int64_t winograd_bytes = int64_t{2} << 30;  // memory for the kernels of lower_winograd.h
+  std::vector<std::string> rare_inputs;       // see CompileOptions
 };
 
 // Errors: UnsupportedError naming op, label and shapes of a node that cannot be compiled.

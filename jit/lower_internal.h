@@ -27,7 +27,7 @@ class Lowering {
   void WriteOutputs();
   void WriteUpdates();
   void UpdateInPlace();
-  void SplitPrepare();
+  void SplitByChange(const std::vector<std::string>& rare_inputs);
   int NewBuffer(Storage storage, int index, DType dtype, int64_t elements, std::string label);
   View NewArena(const View& layout, DType dtype, int64_t elements, const std::string& label);
   std::optional<View>& Location(ValueId value) { return locations_[value.node][value.output]; }
@@ -114,6 +114,7 @@ class Lowering {
   std::map<std::string, View> packed_;
   std::set<std::pair<int, int>> to_copy_;  // (Pad or Concat, input) that is not written in place
   std::vector<bool> output_placed_;
+  std::vector<std::string> rare_inputs_;
 };
 
 }  // namespace calotype::jit

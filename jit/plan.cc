@@ -34,9 +34,11 @@ MemoryPlan PlanMemory(LoweredProgram& program) {
   std::vector<Life> lives;
   for (size_t b = 0; b < program.buffers.size(); ++b) {
     Buffer& buffer = program.buffers[b];
-    if (buffer.storage == Storage::kPersistent) {
-      buffer.offset = plan.persistent_bytes;
-      plan.persistent_bytes = CheckedAdd(plan.persistent_bytes, Bytes(buffer), "memory plan");
+    if (buffer.storage == Storage::kPersistent || buffer.storage == Storage::kDerived) {
+      int64_t& bytes =
+          buffer.storage == Storage::kPersistent ? plan.persistent_bytes : plan.derived_bytes;
+      buffer.offset = bytes;
+      bytes = CheckedAdd(bytes, Bytes(buffer), "memory plan");
     }
     if (buffer.storage != Storage::kArena || first[b] < 0) continue;
     lives.push_back({static_cast<int>(b), first[b], last[b], Bytes(buffer)});

@@ -12,9 +12,10 @@ struct MemoryPlan {
   int64_t arena_bytes = 0;
   int64_t max_live_bytes = 0;    // the least that any plan can need
   int64_t persistent_bytes = 0;  // packed weights and other results of the prepare steps
+  int64_t derived_bytes = 0;     // results of the derive steps
 };
 
-// Sets the offsets of the arena and persistent buffers: greedily by size, each at the lowest offset
+// Sets the offsets of the arena, persistent and derived buffers: greedily by size, each at the lowest offset
 // that is free during its life. Offsets are multiples of 64 bytes.
 // Errors: OutOfMemoryError if sizes overflow.
 MemoryPlan PlanMemory(LoweredProgram& program);

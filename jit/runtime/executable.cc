@@ -96,6 +96,22 @@ struct Executable::Workspace {
 struct Executable::Prepared {
   std::shared_ptr<void> memory;
   std::vector<uint64_t> versions;
+  int64_t number = 0;  // differs after every change
+};
+
+// What the rare inputs with these bytes give with these weights. Never written while a call uses
+// it. Inputs are compared, not their addresses: callers write into their tensors.
+struct Executable::Derived {
+  std::shared_ptr<void> memory;
+  std::vector<Tensor> inputs;
+  int64_t prepared = -1;  // its number
+};
+
+// Where the buffers of one call are.
+struct Executable::Places {
+  void *arena = nullptr, *persistent = nullptr, *derived = nullptr;
+  std::span<const Tensor> inputs;
+  std::span<Tensor> outputs;
 };
 
 Executable::Executable(ExecutableData data) : data_(std::move(data)) {
@@ -127,17 +143,20 @@ Executable::~Executable() {
   }
 }
 
-void* Executable::Address(const Buffer& buffer, void* arena, void* persistent,
-                          std::span<const Tensor> inputs, std::span<Tensor> outputs) const {
+void* Executable::Address(const Buffer& buffer, const Places& places) {
+  auto at = [&](void* block) { return static_cast<std::byte*>(block) + buffer.offset; };
   switch (buffer.kind) {
     case Buffer::kArena:
-      return static_cast<std::byte*>(arena) + buffer.offset;
+      return at(places.arena);
     case Buffer::kPersistent:
-      return static_cast<std::byte*>(persistent) + buffer.offset;
+      return at(places.persistent);
+    case Buffer::kDerived:
+      return at(places.derived);
     case Buffer::kInput:
-      return inputs.empty() ? nullptr : const_cast<void*>(inputs[buffer.index].raw());
+      return places.inputs.empty() ? nullptr
+                                   : const_cast<void*>(places.inputs[buffer.index].raw());
     case Buffer::kOutput:
-      return outputs.empty() ? nullptr : outputs[buffer.index].raw();
+      return places.outputs.empty() ? nullptr : places.outputs[buffer.index].raw();
     case Buffer::kFixed:
       return buffer.fixed;
   }
@@ -153,7 +172,9 @@ std::unique_ptr<Executable::Workspace> Executable::NewWorkspace() const {
       if (buffer.kind != Buffer::kArena && buffer.kind != Buffer::kFixed) {
         workspace->patches.push_back({workspace->pointers.size(), b});
       }
-      workspace->pointers.push_back(Address(buffer, workspace->arena.get(), nullptr, {}, {}));
+      bool own = buffer.kind == Buffer::kArena || buffer.kind == Buffer::kFixed;
+      workspace->pointers.push_back(
+          own ? Address(buffer, {.arena = workspace->arena.get()}) : nullptr);
     }
   }
   return workspace;
@@ -179,17 +200,52 @@ std::shared_ptr<Executable::Prepared> Executable::Prepare() {
   for (const ParameterPtr& parameter : data_.packed) {
     next->versions.push_back(parameter->version());
   }
-  std::vector<void*> pointers;
-  for (const Step& step : data_.prepare) {
-    pointers.clear();
-    for (int b : step.buffers) {
-      pointers.push_back(Address(data_.buffers[b], nullptr, next->memory.get(), {}, {}));
-    }
-    RunStep(step, pointers.data());
-  }
+  next->number = prepared_ ? prepared_->number + 1 : 0;
+  RunSteps(data_.prepare, {.persistent = next->memory.get()});
   if (!data_.prepare.empty()) ++repacks_;
   prepared_ = next;
   return prepared_;
+}
+
+// What the rare inputs give; makes it if their bytes or the weights have changed.
+std::shared_ptr<Executable::Derived> Executable::Derive(const Prepared& prepared,
+                                                        std::span<const Tensor> inputs) {
+  if (data_.derive.empty()) return nullptr;
+  std::lock_guard lock(mutex_);
+  if (derived_ && derived_->prepared == prepared.number) {
+    bool current = true;
+    for (size_t i = 0; i < data_.rare_inputs.size(); ++i) {
+      const Tensor &now = inputs[data_.rare_inputs[i]], &then = derived_->inputs[i];
+      current = current && std::memcmp(now.raw(), then.raw(), now.bytes()) == 0;
+    }
+    if (current) return derived_;
+  }
+  std::shared_ptr<Derived> next =
+      derived_ && derived_.use_count() == 1 ? derived_ : std::make_shared<Derived>();
+  derived_.reset();
+  if (!next->memory) {
+    next->memory = AllocateStorage(std::max<int64_t>(data_.stats.derived_bytes, 64));
+    for (int input : data_.rare_inputs) next->inputs.emplace_back(data_.input_types[input]);
+  }
+  for (size_t i = 0; i < data_.rare_inputs.size(); ++i) {
+    next->inputs[i].CopyFrom(inputs[data_.rare_inputs[i]]);
+  }
+  RunSteps(data_.derive, {.persistent = prepared.memory.get(),
+                         .derived = next->memory.get(),
+                         .inputs = inputs,
+                         .outputs = {}});
+  next->prepared = prepared.number;
+  ++derivations_;
+  return derived_ = next;
+}
+
+void Executable::RunSteps(const std::vector<Step>& steps, const Places& places) const {
+  std::vector<void*> pointers;
+  for (const Step& step : steps) {
+    pointers.clear();
+    for (int b : step.buffers) pointers.push_back(Address(data_.buffers[b], places));
+    RunStep(step, pointers.data());
+  }
 }
 
 void Executable::CheckArguments(std::span<const Tensor> inputs, std::span<Tensor> outputs) const {
@@ -226,10 +282,9 @@ void Executable::CheckArguments(std::span<const Tensor> inputs, std::span<Tensor
   }
 }
 
-void Executable::CheckIndices(std::span<const Tensor> inputs, const Prepared& prepared) const {
+void Executable::CheckIndices(const Places& places) const {
   for (const ExecutableData::IndexCheck& check : data_.checks) {
-    const void* base =
-        Address(data_.buffers[check.buffer], nullptr, prepared.memory.get(), inputs, {});
+    const void* base = Address(data_.buffers[check.buffer], places);
     int64_t index[2 * Shape::kMaxRank] = {}, total = 1;
     const size_t rank = check.extents.size();
     for (int64_t extent : check.extents) total *= extent;
@@ -284,7 +339,7 @@ void Executable::ExecuteWatched(void* const* pointers, StepChecker* checker,
       profile->steps[s].cpu += CpuSeconds() - cpu;
     }
     pointers += step.buffers.size();
-    if (checker) checker->AfterStep(false, s, addresses);
+    if (checker) checker->AfterStep(StepChecker::kRun, s, addresses);
   }
 }
 
@@ -310,7 +365,11 @@ void Executable::RunOnce(std::span<const Tensor> inputs, std::span<Tensor> outpu
                          RunProfile* profile) {
   CheckArguments(inputs, outputs);
   std::shared_ptr<Prepared> prepared = Prepare();
-  CheckIndices(inputs, *prepared);
+  Places places{
+      .persistent = prepared->memory.get(), .inputs = inputs, .outputs = outputs};
+  CheckIndices(places);
+  std::shared_ptr<Derived> derived = Derive(*prepared, inputs);
+  if (derived) places.derived = derived->memory.get();
 
   std::unique_ptr<Workspace> workspace;
   {
@@ -321,20 +380,22 @@ void Executable::RunOnce(std::span<const Tensor> inputs, std::span<Tensor> outpu
     }
   }
   if (!workspace) workspace = NewWorkspace();
-  void* persistent = prepared->memory.get();
+  places.arena = workspace->arena.get();
   for (const Workspace::Patch& patch : workspace->patches) {
-    workspace->pointers[patch.position] =
-        Address(data_.buffers[patch.buffer], nullptr, persistent, inputs, outputs);
+    workspace->pointers[patch.position] = Address(data_.buffers[patch.buffer], places);
   }
   if (data_.make_checker || profile) {
     std::unique_ptr<StepChecker> checker;
     std::vector<void*> addresses;
     if (data_.make_checker) {
       checker = data_.make_checker(inputs);
-      for (const Buffer& buffer : data_.buffers) {
-        addresses.push_back(Address(buffer, workspace->arena.get(), persistent, inputs, outputs));
+      for (const Buffer& buffer : data_.buffers) addresses.push_back(Address(buffer, places));
+      for (size_t s = 0; s < data_.prepare.size(); ++s) {
+        checker->AfterStep(StepChecker::kPrepare, s, addresses);
       }
-      for (size_t s = 0; s < data_.prepare.size(); ++s) checker->AfterStep(true, s, addresses);
+      for (size_t s = 0; s < data_.derive.size(); ++s) {
+        checker->AfterStep(StepChecker::kDerive, s, addresses);
+      }
     }
     ExecuteWatched(workspace->pointers.data(), checker.get(), addresses, profile);
   } else {
@@ -357,6 +418,7 @@ ExecutableStats Executable::Stats() const {
   ExecutableStats stats = data_.stats;
   stats.runs = runs_;
   stats.repacks = repacks_;
+  stats.derivations = derivations_;
   return stats;
 }
 

@@ -24,28 +24,32 @@ struct ExecutableStats {
   int copies = 0;                // kernels that only move or clear elements otherwise
   int steps = 0;                 // kernel calls in a run
   int prepare_steps = 0;         // kernel calls after a change of parameters
+  int derive_steps = 0;          // kernel calls after a change of rare inputs
   int kernels = 0;               // different kernels compiled
   int64_t code_bytes = 0;        // of their object files
   int64_t arena_bytes = 0;       // memory of one run
   int64_t max_live_bytes = 0;    // the least that any plan of it can need
   int64_t persistent_bytes = 0;  // packed weights
+  int64_t derived_bytes = 0;     // what depends on rare inputs
   double lower_ms = 0, compile_ms = 0;
   int64_t runs = 0;
-  int64_t repacks = 0;  // runs of the prepare steps
+  int64_t repacks = 0;      // runs of the prepare steps
+  int64_t derivations = 0;  // runs of the derive steps
 };
 
 // Compares the results of steps with an interpreter (CALOTYPE_JIT=check).
 class StepChecker {
  public:
+  enum Part : uint8_t { kPrepare, kDerive, kRun };
   virtual ~StepChecker() = default;
-  // Called after each step; `addresses` are those of all buffers. Errors: NumericError.
-  virtual void AfterStep(bool prepare, size_t step, std::span<void* const> addresses) = 0;
+  // Called after each step of a part; `addresses` are those of all buffers. Errors: NumericError.
+  virtual void AfterStep(Part part, size_t step, std::span<void* const> addresses) = 0;
 };
 
 // What Compile hands over.
 struct ExecutableData {
   struct Buffer {
-    enum Kind : uint8_t { kArena, kPersistent, kInput, kOutput, kFixed } kind = kArena;
+    enum Kind : uint8_t { kArena, kPersistent, kDerived, kInput, kOutput, kFixed } kind = kArena;
     int index = 0;          // of the input or output
     int64_t offset = 0;     // bytes
     void* fixed = nullptr;  // of parameters and constants
@@ -70,10 +74,11 @@ struct ExecutableData {
   std::vector<std::string> input_names, output_names;
   std::vector<TensorType> input_types, output_types;
   std::vector<Buffer> buffers;
-  std::vector<Step> prepare, steps;
+  std::vector<Step> prepare, derive, steps;
   std::vector<IndexCheck> checks;
   std::vector<ParameterPtr> parameters;  // all that the code reads or writes
-  std::vector<ParameterPtr> packed;      // read by the prepare steps
+  std::vector<ParameterPtr> packed;      // read by the prepare and derive steps
+  std::vector<int> rare_inputs;          // read by the derive steps
   std::vector<ParameterPtr> updated;     // written by the steps
   std::vector<Tensor> constants;
   std::shared_ptr<void> code;
@@ -94,7 +99,8 @@ class Executable {
   // then nothing has been written.
   std::vector<Tensor> Run(std::span<const Tensor> inputs);
   // As above into existing tensors, which must not overlap inputs, parameters or each other
-  // (Errors: ValueError). Allocates nothing unless weights have changed or calls overlap.
+  // (Errors: ValueError). Allocates nothing unless weights or rare inputs have changed or
+  // calls overlap.
   void Run(std::span<const Tensor> inputs, std::span<Tensor> outputs);
   // The same, adding what each step took to `profile`, which only this call may use meanwhile.
   void Run(std::span<const Tensor> inputs, std::span<Tensor> outputs, RunProfile& profile);
@@ -108,23 +114,27 @@ class Executable {
  private:
   struct Workspace;
   struct Prepared;
+  struct Derived;
+  struct Places;
 
   void CheckArguments(std::span<const Tensor> inputs, std::span<Tensor> outputs) const;
-  void CheckIndices(std::span<const Tensor> inputs, const Prepared& prepared) const;
+  void CheckIndices(const Places& places) const;
   std::shared_ptr<Prepared> Prepare();
+  std::shared_ptr<Derived> Derive(const Prepared& prepared, std::span<const Tensor> inputs);
   std::unique_ptr<Workspace> NewWorkspace() const;
-  void* Address(const ExecutableData::Buffer& buffer, void* arena, void* persistent,
-                std::span<const Tensor> inputs, std::span<Tensor> outputs) const;
+  static void* Address(const ExecutableData::Buffer& buffer, const Places& places);
+  void RunSteps(const std::vector<ExecutableData::Step>& steps, const Places& places) const;
   void Execute(const std::vector<ExecutableData::Step>& steps, void* const* pointers);
   void RunOnce(std::span<const Tensor> inputs, std::span<Tensor> outputs, RunProfile* profile);
   void ExecuteWatched(void* const* pointers, StepChecker* checker,
                       std::span<void* const> addresses, RunProfile* profile);
 
   ExecutableData data_;
-  std::mutex mutex_;  // guards prepared_ and free_
+  std::mutex mutex_;  // guards prepared_, derived_ and free_
   std::shared_ptr<Prepared> prepared_;
+  std::shared_ptr<Derived> derived_;
   std::vector<std::unique_ptr<Workspace>> free_;
-  std::atomic<int64_t> runs_ = 0, repacks_ = 0;
+  std::atomic<int64_t> runs_ = 0, repacks_ = 0, derivations_ = 0;
   bool timing_ = false;
   std::mutex time_mutex_;
   RunProfile times_;  // with CALOTYPE_DEBUG=time, guarded by time_mutex_
