@@ -1,23 +1,46 @@
-// U-Nets in diffusers' folder layout: config.json and diffusion_pytorch_model.safetensors.
+// Models in the folder layout of diffusers and transformers: config.json beside
+// diffusion_pytorch_model.safetensors (U-Net, autoencoder) or model.safetensors (text encoder).
 #pragma once
 
 #include <filesystem>
+#include <map>
 #include <memory>
+#include <string>
+#include <string_view>
 
+#include "models/autoencoder_kl.h"
+#include "models/clip_text_model.h"
+#include "models/clip_tokenizer.h"
 #include "models/unet_2d_condition.h"
 
 namespace calotype {
 
-// Errors: FileError for a file that is missing or damaged, or whose tensors do not fit the config
-// (all problems in one text); ValueError or UnsupportedError naming a field of the config.
+// Errors of all: FileError for a file that is missing or damaged, or whose tensors do not fit the
+// config (all problems in one text); ValueError or UnsupportedError naming a field of the config.
+// Weights may be split into shards with an index, or be there in half precision only
+// ("*.fp16.safetensors").
 std::unique_ptr<UNet2DConditionModel> LoadUNet(const std::filesystem::path& folder);
+// Also files of diffusers before 0.17 (AutoencoderKL::CurrentNames).
+std::unique_ptr<AutoencoderKL> LoadAutoencoderKL(const std::filesystem::path& folder);
+// Also files without the prefix "text_model." (CLIPTextModel::CurrentNames).
+std::unique_ptr<CLIPTextModel> LoadCLIPTextModel(const std::filesystem::path& folder);
+// vocab.json, merges.txt and, if it is there, tokenizer_config.json.
+std::unique_ptr<CLIPTokenizer> LoadCLIPTokenizer(const std::filesystem::path& folder);
 
 // Makes the folder if needed; each file is replaced atomically. Errors: FileError.
 void SaveUNet(const std::filesystem::path& folder, UNet2DConditionModel& unet);
+void SaveAutoencoderKL(const std::filesystem::path& folder, AutoencoderKL& vae);
+void SaveCLIPTextModel(const std::filesystem::path& folder, CLIPTextModel& text_encoder);
 
 // The config in a file. Errors: FileError, and those of UNet2DConditionConfig::FromJson with the
 // path.
 UNet2DConditionConfig ReadUNetConfig(const std::filesystem::path& path);
+
+// The tensors of a model in a folder: STEM.safetensors, else the shards that
+// STEM.safetensors.index.json lists, else STEM.fp16.safetensors. Errors: FileError naming file and
+// tensor.
+std::map<std::string, Tensor> ReadModelTensors(const std::filesystem::path& folder,
+                                               std::string_view stem);
 
 // Copies the tensors of a file into a layer. Errors: FileError naming the file and all that does
 // not fit.

@@ -142,10 +142,15 @@ struct Worst {
 
 // --- Layers and models: outputs and the vector-Jacobian product with the cotangents.
 
+// What a model builds from its inputs: all outputs that a case may expect, by name.
+using Build =
+    std::function<std::map<std::string, Value>(ComputationGraph&, const std::vector<Value>&)>;
+
 // `order`: the case's names of the layer's inputs, in order; one that the case does not have is
-// absent.
+// absent. Without `build` the layer's first output is `out`.
 void CheckLayer(const Case& c, Backend backend, Layer& layer, const Tensors& parameters,
-                const std::vector<std::string>& order, const Tolerance& tolerance, Worst& worst) {
+                const std::vector<std::string>& order, const Tolerance& tolerance, Worst& worst,
+                const Build& build = {}) {
   layer.SetTrainingMode(false);
   if (!parameters.empty() || layer.ParameterCount() > 0) layer.LoadParameters(parameters);
   Tensors given = c.With("input."), expected = c.With("output."), cotangents = c.With("cotangent."),
@@ -171,15 +176,26 @@ void CheckLayer(const Case& c, Backend backend, Layer& layer, const Tensors& par
     if (found->second.dtype() == DType::kF32)
       wrt.push_back(values.back()), wrt_names.push_back("input." + name);
   }
-  std::vector<Value> outputs = layer.ExportComputationGraph(graph, values);
-  ASSERT_TRUE(expected.size() == 1 && expected.count("out"))
-      << "only the output `out` is supported";
-  outputs.resize(1);
-  graph.Output("out", outputs[0]);
+  std::map<std::string, Value> built;
+  if (build) {
+    built = build(graph, values);
+  } else {
+    built["out"] = layer.ExportComputationGraph(graph, values)[0];
+  }
+  std::vector<Value> outputs;
+  for (const auto& [name, tensor] : expected) {
+    ASSERT_TRUE(built.count(name)) << "output." << name << " is no output of a " << c.kind;
+    outputs.push_back(built[name]);
+    graph.Output(name, built[name]);
+  }
 
   if (!cotangents.empty()) {
-    std::vector<Value> douts{graph.Input("cotangent.out", cotangents.at("out").type())};
-    inputs.push_back(cotangents.at("out"));
+    std::vector<Value> douts;
+    for (const auto& [name, tensor] : expected) {
+      ASSERT_TRUE(cotangents.count(name)) << "the case has no cotangent." << name;
+      douts.push_back(graph.Input("cotangent." + name, cotangents.at(name).type()));
+      inputs.push_back(cotangents.at(name));
+    }
     for (const ParameterPtr& parameter : layer.NamedParameters()) {
       wrt.push_back(graph.ParameterLeaf(parameter));
       wrt_names.push_back("param." + parameter->name());
@@ -189,8 +205,10 @@ void CheckLayer(const Case& c, Backend backend, Layer& layer, const Tensors& par
   }
 
   std::vector<Tensor> results = GraphRunner(std::move(graph), backend).Run(inputs);
-  worst.Compare("output.out", results[0], expected.at("out"),
-                tolerance.output * Largest(expected.at("out")));
+  size_t next = 0;
+  for (const auto& [name, tensor] : expected) {
+    worst.Compare("output." + name, results[next++], tensor, tolerance.output * Largest(tensor));
+  }
   if (cotangents.empty()) {
     ASSERT_TRUE(gradients.empty()) << "gradients without a cotangent";
     return;
@@ -204,7 +222,7 @@ void CheckLayer(const Case& c, Backend backend, Layer& layer, const Tensors& par
       EXPECT_NE(wrt_names[i].rfind("param.", 0), 0u) << "the case has no grad." << wrt_names[i];
       continue;
     }
-    worst.Compare("grad." + wrt_names[i], results[1 + i], found->second,
+    worst.Compare("grad." + wrt_names[i], results[next + i], found->second,
                   tolerance.gradient * Largest(found->second) + tolerance.gradient_floor * largest);
     gradients.erase(found);
   }
@@ -233,12 +251,39 @@ class Fields {
   std::set<std::string> known_;
 };
 
-void RunAttention(const Case& c, Backend backend, Worst& worst) {
-  std::string processor = c.config.at("processor").at("type");
+// The processor `type` with the case's arguments.
+nn::AttentionProcessor ProcessorOf(const Case& c, const std::string& type) {
+  nn::AttentionProcessor processor = nn::MakeAttentionProcessor(type);
+  json call = c.config.value("call", json::object());
+  std::visit(
+      [&](auto& p) {
+        std::string ignored;
+        Fields fields(c.config.at("processor")), call_fields(call);
+        fields("type", ignored);
+        if constexpr (requires { p.slice_size; }) fields("slice_size", p.slice_size);
+        if constexpr (requires { p.batch_size; }) fields("batch_size", p.batch_size);
+        if constexpr (requires { p.hidden_size; }) {
+          fields("hidden_size", p.hidden_size)("cross_attention_dim", p.cross_attention_dim);
+        }
+        if constexpr (requires { p.train_kv; }) {
+          fields("train_kv", p.train_kv)("train_q_out", p.train_q_out)("out_bias", p.out_bias)(
+              "dropout", p.dropout);
+        }
+        if constexpr (requires { p.rank; }) {
+          double alpha = 0;
+          fields("rank", p.rank)("network_alpha", alpha);
+          if (alpha != 0) p.network_alpha = alpha;
+          call_fields("scale", p.scale);
+        }
+      },
+      processor);
+  return processor;
+}
+
+void RunAttentionProcessor(const Case& c, Backend backend, const std::string& type, Worst& worst) {
+  SCOPED_TRACE(type);
   auto names = nn::AttentionProcessorNames();
-  if (!std::count(names.begin(), names.end(), processor))
-    throw Unsupported{"processor " + processor};
-  ASSERT_EQ(c.config.at("processor").size(), 1u) << "fields of the processor are not supported";
+  if (!std::count(names.begin(), names.end(), type)) throw Unsupported{"processor " + type};
   nn::Attention::Options o;
   Fields(c.config.at("attention"))("query_dim", o.query_dim)(
       "cross_attention_dim", o.cross_attention_dim)("heads", o.heads)("dim_head", o.dim_head)(
@@ -247,11 +292,22 @@ void RunAttention(const Case& c, Backend backend, Worst& worst) {
       "cross_attention_norm_num_groups", o.cross_attention_norm_num_groups)("qk_norm", o.qk_norm)(
       "norm_num_groups", o.norm_num_groups)("out_bias", o.out_bias)("scale_qk", o.scale_qk)(
       "eps", o.eps)("rescale_output_factor", o.rescale_output_factor)(
-      "residual_connection", o.residual_connection)("out_dim", o.out_dim);
-  o.processor = processor;
+      "residual_connection", o.residual_connection)("out_dim", o.out_dim)(
+      "added_kv_proj_dim", o.added_kv_proj_dim)("only_cross_attention", o.only_cross_attention);
   nn::Attention layer(o);
+  if (type.starts_with("Fused")) layer.FuseProjections();
+  layer.SetProcessor(ProcessorOf(c, type));
   CheckLayer(c, backend, layer, c.With("param."),
              {"hidden_states", "encoder_hidden_states", "attention_mask"}, kLayerTolerance, worst);
+}
+
+// Also the processors of which the case says that they give the same.
+void RunAttention(const Case& c, Backend backend, Worst& worst) {
+  std::vector<std::string> types = {c.config.at("processor").at("type")};
+  for (const std::string& type : c.document.value("also_holds_for", std::vector<std::string>{})) {
+    types.push_back(type);
+  }
+  for (const std::string& type : types) RunAttentionProcessor(c, backend, type, worst);
 }
 
 void RunResnet(const Case& c, Backend backend, Worst& worst) {
@@ -361,6 +417,44 @@ void RunUNet(const Case& c, Backend backend, Worst& worst) {
   CheckLayer(c, backend, *unet, unet->SaveParameters(),
              {"sample", "timestep", "encoder_hidden_states", "encoder_attention_mask"},
              kModelTolerance, worst);
+}
+
+void RunAutoencoder(const Case& c, Backend backend, Worst& worst) {
+  auto vae = LoadAutoencoderKL(c.folder);
+  CheckLayer(c, backend, *vae, vae->SaveParameters(), {"sample"}, kModelTolerance, worst,
+             [&](ComputationGraph& graph, const std::vector<Value>& inputs) {
+               auto outputs = vae->ExportComputationGraph(graph, inputs);
+               return std::map<std::string, Value>{{"decoded", outputs.at(0)},
+                                                   {"latent_mean", outputs.at(1)},
+                                                   {"latent_logvar", outputs.at(2)}};
+             });
+}
+
+void RunCLIPTextModel(const Case& c, Backend backend, Worst& worst) {
+  auto model = LoadCLIPTextModel(c.folder);
+  CheckLayer(c, backend, *model, model->SaveParameters(), {"input_ids"}, kModelTolerance, worst,
+             [&](ComputationGraph&, const std::vector<Value>& inputs) {
+               CLIPTextModel::Output output = model->Build(inputs.at(0));
+               return std::map<std::string, Value>{
+                   {"last_hidden_state", output.last_hidden_state},
+                   {"pooler_output", output.pooler_output},
+                   {"hidden_state_m2", output.hidden_states.at(output.hidden_states.size() - 2)}};
+             });
+}
+
+// No graph: both back ends give the same.
+void RunCLIPTokenizer(const Case& c, Backend, Worst& worst) {
+  auto tokenizer = LoadCLIPTokenizer(c.folder);
+  for (const json& text : c.document.at("cases")) {
+    std::string words = text.at("text");
+    CLIPTokenizer::Encoded encoded = tokenizer->Encode(words);
+    std::vector<int64_t> ids = tokenizer->Tokenize(words), expected = text.at("ids");
+    ids.insert(ids.begin(), tokenizer->bos());
+    ids.push_back(tokenizer->eos());
+    EXPECT_EQ(ids, expected) << words;
+    EXPECT_EQ(encoded.ids, text.at("padded77").get<std::vector<int64_t>>()) << words;
+    worst.Note(words, 0, 1);
+  }
 }
 
 // --- Schedulers.
@@ -520,6 +614,9 @@ const std::map<std::string, Runner> kRunners = {
     {"DiffusionCrossAttention", RunDiffusionCrossAttention},
     {"FlashAttentionLayer", RunFlashAttention},
     {"UNet2DConditionModel", RunUNet},
+    {"AutoencoderKL", RunAutoencoder},
+    {"CLIPTextModel", RunCLIPTextModel},
+    {"CLIPTokenizer", RunCLIPTokenizer},
     {"train", RunTrain},
     {"scheduler", RunScheduler},
     {"add_noise", RunAddNoise},
