@@ -73,7 +73,7 @@ struct GroupNormParts {
         bcn{s.batch, s.channels, s.positions},
         bc{s.batch, s.channels},
         bgc{s.batch, s.groups, s.channels / s.groups},
-        count(static_cast<float>(s.channels / s.groups * s.positions)) {}
+        count(static_cast<float>(bgc[2] * s.positions)) {}
 
   // [B, C, N] -> [B, C]: per channel first, so that a channels-last layout adds whole vectors.
   static Value ChannelSum(Value x) { return Sum(x, {2}); }

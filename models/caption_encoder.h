@@ -31,8 +31,9 @@ struct CaptionEncoderConfig {
 };
 
 // Input: ids [B, T] (i32 or i64), T <= max_length. Output [B, T, D]:
-//   x = token_embedding[ids] + position_embedding[0..T);  each block: x += attn1(norm1(x)), x +=
-//   ff(norm3(x));  y = final_layer_norm(x) if there is one.
+//   x = token_embedding[ids] + position_embedding[0..T)
+//   each block: x += attn1(norm1(x)), x += ff(norm3(x))
+//   y = final_layer_norm(x) if there is one
 // Padding is a word like others: it is not masked.
 class CaptionEncoder : public Layer {
  public:

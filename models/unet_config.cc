@@ -1,5 +1,9 @@
 #include "models/unet_config.h"
 
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
 #include "layers/activation.h"
 #include "models/json_fields.h"
 
@@ -35,27 +39,27 @@ const std::vector<std::pair<std::string, nlohmann::json>>& FixedFields() {
   return fields;
 }
 
+template <class T>
+bool AllEqual(const std::vector<T>& list) {
+  return std::adjacent_find(list.begin(), list.end(), std::not_equal_to<>()) == list.end();
+}
+
 // A list of equal values is written as one value.
 template <class T>
 nlohmann::json OneOrMany(const std::vector<T>& list) {
-  for (const T& value : list) {
-    if (value != list[0]) return list;
-  }
+  if (!AllEqual(list)) return list;
   return static_cast<T>(list[0]);
 }
 // Whole numbers are written without a point where diffusers' default has none.
 nlohmann::json Number(double value) {
-  auto whole = static_cast<int64_t>(value);
-  return static_cast<double>(whole) == value ? nlohmann::json(whole) : nlohmann::json(value);
+  bool whole = std::abs(value) < 1e15 && std::trunc(value) == value;
+  return whole ? nlohmann::json(static_cast<int64_t>(value)) : nlohmann::json(value);
 }
 
 // Equal values in a list mean what one value means; keeps equality of configurations simple.
 template <class T>
 void Collapse(std::vector<T>& list) {
-  for (const T& value : list) {
-    if (value != list[0]) return;
-  }
-  list.resize(1, list[0]);
+  if (AllEqual(list)) list.resize(1);
 }
 
 }  // namespace
@@ -215,10 +219,10 @@ void UNet2DConditionConfig::Validate() const {
         "{})",
         kOwner, heads, channels, i);
   }
-  Check(
-      block_out_channels[0] / 2 > 0 && static_cast<double>(block_out_channels[0] / 2) > freq_shift,
-      "{}: freq_shift {} must be less than half of block_out_channels {}", kOwner, freq_shift,
-      block_out_channels[0]);
+  const int64_t half = block_out_channels[0] / 2;
+  Check(half > 0 && static_cast<double>(half) > freq_shift,
+        "{}: freq_shift {} must be less than half of block_out_channels {}", kOwner, freq_shift,
+        block_out_channels[0]);
 }
 
 }  // namespace calotype

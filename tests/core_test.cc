@@ -11,23 +11,13 @@
 #include "core/random.h"
 #include "core/scalar.h"
 #include "core/tensor.h"
+#include "tests/expect_error.h"
 
 namespace calotype {
 namespace {
 
 using testing::ElementsAre;
 using testing::HasSubstr;
-
-template <class E, class F>
-std::string MessageOf(F f) {
-  try {
-    f();
-  } catch (const E& error) {
-    return error.what();
-  }
-  ADD_FAILURE() << "no error of the expected type";
-  return "";
-}
 
 TEST(ShapeTest, AxesStridesAndText) {
   Shape s{2, 3, 4};
@@ -82,6 +72,13 @@ TEST(TensorTest, ErrorsAreTyped) {
   EXPECT_THROW(Tensor().data(), ShapeError);
   EXPECT_THROW(a.Item(), ShapeError);
   EXPECT_THROW(a.CopyFrom(Tensor::Zeros({3, 2})), ShapeError);
+  // An undefined tensor has the type f32[] but no element.
+  Tensor undefined, scalar = Tensor::Scalar(1);
+  EXPECT_THROW(undefined.Clone(), ShapeError);
+  EXPECT_THROW(undefined.To(DType::kF64), ShapeError);
+  EXPECT_THROW(undefined.Item(), ShapeError);
+  EXPECT_THROW(undefined.CopyFrom(scalar), ShapeError);
+  EXPECT_THROW(scalar.CopyFrom(undefined), ShapeError);
   EXPECT_THAT(MessageOf<ShapeError>([] {
                 Tensor::From<float>({3}, {1, 2});
               }),

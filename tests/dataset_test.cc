@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <fstream>
 #include <set>
 
 #include "core/error.h"
@@ -13,36 +12,18 @@
 #include "io/image_folder.h"
 #include "io/png.h"
 #include "io/shapes.h"
+#include "tests/expect_error.h"
+#include "tests/random_image.h"
 #include "tests/temp_folder.h"
 
 namespace calotype {
 namespace {
 
+using test::RandomImage;
 using test::TempFolder;
+using test::WriteText;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-
-template <class E, class F>
-std::string ErrorOf(F f) {
-  try {
-    f();
-  } catch (const E& error) {
-    return error.what();
-  } catch (const std::exception& error) {
-    return std::string("another type of error: ") + error.what();
-  }
-  return "no error";
-}
-
-void Put(const std::filesystem::path& path, const std::string& bytes) {
-  std::ofstream(path, std::ios::binary) << bytes;
-}
-
-Image RandomImage(int width, int height, Random& random) {
-  Image image{width, height, std::vector<uint8_t>(size_t{3} * width * height)};
-  for (uint8_t& byte : image.rgb) byte = static_cast<uint8_t>(random.Next());
-  return image;
-}
 
 TEST(Shapes, Captions) {
   std::set<std::string> captions;
@@ -160,13 +141,14 @@ TEST(ImageFolder, LoadsResizesAndSkips) {
   Image square = RandomImage(8, 8, random), wide = RandomImage(30, 20, random);
   WritePng(folder / "a.png", square);
   WritePng(folder / "sub/b.png", wide);
-  Put(folder / "broken.png", EncodePng(wide).substr(0, 300));
-  Put(folder / "photo.jpg", "\xff\xd8\xff\xe0");
-  Put(folder / "metadata.jsonl",
-      ImageFolderLine("a.png", "a \"quoted\" caption") + ImageFolderLine("broken.png", "x") + "\n" +
-          R"({"text": "caf\u00e9", "extra": [1, {"a": 2}], "file_name": "sub/b.png"})" + "\r\n" +
-          ImageFolderLine("photo.jpg", "y") + ImageFolderLine("missing.png", "z") +
-          R"({"file_name": "a.png", "text": "again"})");  // no newline at the end
+  WriteText(folder / "broken.png", EncodePng(wide).substr(0, 300));
+  WriteText(folder / "photo.jpg", "\xff\xd8\xff\xe0");
+  WriteText(folder / "metadata.jsonl",
+            ImageFolderLine("a.png", "a \"quoted\" caption") + ImageFolderLine("broken.png", "x") +
+                "\n" +
+                R"({"text": "caf\u00e9", "extra": [1, {"a": 2}], "file_name": "sub/b.png"})" +
+                "\r\n" + ImageFolderLine("photo.jpg", "y") + ImageFolderLine("missing.png", "z") +
+                R"({"file_name": "a.png", "text": "again"})");  // no newline at the end
   std::vector<std::string> warnings;
   ImageFolder set(folder.path(), 8, [&](const std::string& text) { warnings.push_back(text); });
   ASSERT_EQ(set.size(), 3);
@@ -188,20 +170,23 @@ TEST(ImageFolder, LoadsResizesAndSkips) {
 
 TEST(ImageFolder, BadFolders) {
   TempFolder folder;
-  auto message = [&](const std::string& metadata) {
-    Put(folder / "metadata.jsonl", metadata);
-    return ErrorOf<FileError>([&] { ImageFolder(folder.path(), 8, {}); });
+  auto open = [&](const std::string& metadata) {
+    WriteText(folder / "metadata.jsonl", metadata);
+    ImageFolder(folder.path(), 8, {});
   };
-  EXPECT_THAT(ErrorOf<FileError>([&] { ImageFolder(folder / "none", 8, {}); }),
+  auto message = [&](const std::string& metadata) {
+    return MessageOf<FileError>([&] { open(metadata); });
+  };
+  EXPECT_THAT(MessageOf<FileError>([&] { ImageFolder(folder / "none", 8, {}); }),
               AllOf(HasSubstr("none"), HasSubstr("not a folder")));
-  EXPECT_THAT(ErrorOf<FileError>([&] { ImageFolder(folder.path(), 8, {}); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { ImageFolder(folder.path(), 8, {}); }),
               HasSubstr("metadata.jsonl: missing"));
   EXPECT_THAT(message(""), HasSubstr("no pictures are listed"));
   EXPECT_THAT(message("\n \r\n"), HasSubstr("no pictures are listed"));
   Random random(4, "bad folders");
   WritePng(folder / "a.png", RandomImage(4, 4, random));
   std::string good = ImageFolderLine("a.png", "a");
-  EXPECT_EQ(message(good), "no error");
+  EXPECT_NO_THROW(open(good));
   EXPECT_THAT(message(good + "{\"file_name\":"), HasSubstr("metadata.jsonl:2: not a JSON object"));
   EXPECT_THAT(message(good + good + "[]"), HasSubstr("metadata.jsonl:3: not a JSON object"));
   EXPECT_THAT(message(good + good.substr(0, good.size() - 1) + good),
@@ -227,19 +212,19 @@ TEST(ImageFolder, BadFolders) {
   EXPECT_THAT(message(ImageFolderLine("link.png", "x")), HasSubstr("through a link"));
   EXPECT_THAT(message(ImageFolderLine("links/secret.png", "x")), HasSubstr("through a link"));
   std::filesystem::create_symlink("a.png", folder / "inside.png");
-  EXPECT_EQ(message(ImageFolderLine("inside.png", "x")), "no error");
+  EXPECT_NO_THROW(open(ImageFolderLine("inside.png", "x")));
 }
 
 TEST(Emoji, ReadsTheListOfNames) {
   TempFolder folder;
-  Put(folder / "list.txt",
-      "# group: Smileys\n\n"
-      "1F600 ; fully-qualified     # \xf0\x9f\x98\x80 E1.0 grinning face\n"
-      "263A  ; unqualified         # \xe2\x98\xba E0.6 smiling face\n"
-      "0023 FE0F 20E3 ; fully-qualified # #\xef\xb8\x8f\xe2\x83\xa3 E0.6 keycap: #\r\n"
-      "1F44B 1F3FB ; fully-qualified # x E1.0 waving hand: light skin tone\n"
-      "1F1E6 1F1FD ; fully-qualified # x E2.0 flag: \xc3\x85land Islands\n"
-      "1F3FB ; component # x E1.0 light skin tone\n");
+  WriteText(folder / "list.txt",
+            "# group: Smileys\n\n"
+            "1F600 ; fully-qualified     # \xf0\x9f\x98\x80 E1.0 grinning face\n"
+            "263A  ; unqualified         # \xe2\x98\xba E0.6 smiling face\n"
+            "0023 FE0F 20E3 ; fully-qualified # #\xef\xb8\x8f\xe2\x83\xa3 E0.6 keycap: #\r\n"
+            "1F44B 1F3FB ; fully-qualified # x E1.0 waving hand: light skin tone\n"
+            "1F1E6 1F1FD ; fully-qualified # x E2.0 flag: \xc3\x85land Islands\n"
+            "1F3FB ; component # x E1.0 light skin tone\n");
   auto names = [&](bool tones) {
     std::vector<std::string> result;
     for (const EmojiName& e : ReadEmojiNames(folder / "list.txt", tones)) result.push_back(e.name);
@@ -254,27 +239,27 @@ TEST(Emoji, ReadsTheListOfNames) {
                           "1F600- ; fully-qualified # x E1.0 a", "; fully-qualified # x E1.0 a",
                           "1F600 ; fully-qualified # x a", "1F600 ; fully-qualified # x E1.0",
                           "1F600 ; fully-qualified", "110000 ; fully-qualified # x E1.0 a"}) {
-    Put(folder / "bad.txt", std::string("# comment\n") + bad);
-    EXPECT_THAT(ErrorOf<FileError>([&] { ReadEmojiNames(folder / "bad.txt", false); }),
+    WriteText(folder / "bad.txt", std::string("# comment\n") + bad);
+    EXPECT_THAT(MessageOf<FileError>([&] { ReadEmojiNames(folder / "bad.txt", false); }),
                 HasSubstr("bad.txt:2: "))
         << bad;
   }
-  Put(folder / "bad.txt", "# nothing\n");
-  EXPECT_THAT(ErrorOf<FileError>([&] { ReadEmojiNames(folder / "bad.txt", false); }),
+  WriteText(folder / "bad.txt", "# nothing\n");
+  EXPECT_THAT(MessageOf<FileError>([&] { ReadEmojiNames(folder / "bad.txt", false); }),
               HasSubstr("no fully-qualified emoji"));
-  EXPECT_THAT(ErrorOf<FileError>([&] { ReadEmojiNames(folder / "none", false); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { ReadEmojiNames(folder / "none", false); }),
               HasSubstr("unicode-data"));
 }
 
 TEST(Emoji, MissingOrBadFont) {
   TempFolder folder;
-  Put(folder / "list.txt", "1F600 ; fully-qualified # x E1.0 grinning face\n");
+  WriteText(folder / "list.txt", "1F600 ; fully-qualified # x E1.0 grinning face\n");
   EmojiOptions options{folder / "none.ttf", folder / "list.txt", 32, false};
   auto message = [&] {
-    return ErrorOf<FileError>([&] { WriteEmojiFolder(folder / "out", options); });
+    return MessageOf<FileError>([&] { WriteEmojiFolder(folder / "out", options); });
   };
   EXPECT_THAT(message(), AllOf(HasSubstr("none.ttf"), HasSubstr("fonts-noto-color-emoji")));
-  Put(folder / "bad.ttf", "not a font");
+  WriteText(folder / "bad.ttf", "not a font");
   options.font = folder / "bad.ttf";
   EXPECT_THAT(message(), HasSubstr("not a font that FreeType reads"));
   options.size = 4;
@@ -290,18 +275,18 @@ TEST(Emoji, DrawsTheDebianFont) {
   TempFolder folder;
   // One of each kind: plain, variation selector, ZWJ, flag, keycap, tag sequence, skin tone; and
   // three that are no single glyph.
-  Put(folder / "list.txt",
-      "1F534 ; fully-qualified # x E0.6 red circle\n"
-      "1F7E6 ; fully-qualified # x E12.0 blue square\n"
-      "2764 FE0F ; fully-qualified # x E0.6 red heart\n"
-      "1F468 200D 1F469 200D 1F467 ; fully-qualified # x E2.0 family\n"
-      "1F1EF 1F1F5 ; fully-qualified # x E0.6 flag: Japan\n"
-      "0023 FE0F 20E3 ; fully-qualified # x E0.6 keycap: #\n"
-      "1F3F4 E0067 E0062 E0073 E0063 E0074 E007F ; fully-qualified # x E5.0 flag: Scotland\n"
-      "1F44B 1F3FF ; fully-qualified # x E1.0 waving hand: dark skin tone\n"
-      "1F600 1F600 ; fully-qualified # x E1.0 two faces\n"
-      "1F468 200D 1F600 ; fully-qualified # x E1.0 man with no such thing\n"
-      "4E00 ; fully-qualified # x E1.0 not an emoji\n");
+  WriteText(folder / "list.txt",
+            "1F534 ; fully-qualified # x E0.6 red circle\n"
+            "1F7E6 ; fully-qualified # x E12.0 blue square\n"
+            "2764 FE0F ; fully-qualified # x E0.6 red heart\n"
+            "1F468 200D 1F469 200D 1F467 ; fully-qualified # x E2.0 family\n"
+            "1F1EF 1F1F5 ; fully-qualified # x E0.6 flag: Japan\n"
+            "0023 FE0F 20E3 ; fully-qualified # x E0.6 keycap: #\n"
+            "1F3F4 E0067 E0062 E0073 E0063 E0074 E007F ; fully-qualified # x E5.0 flag: Scotland\n"
+            "1F44B 1F3FF ; fully-qualified # x E1.0 waving hand: dark skin tone\n"
+            "1F600 1F600 ; fully-qualified # x E1.0 two faces\n"
+            "1F468 200D 1F600 ; fully-qualified # x E1.0 man with no such thing\n"
+            "4E00 ; fully-qualified # x E1.0 not an emoji\n");
   options.names = folder / "list.txt";
   options.size = 24;
   options.skin_tones = true;

@@ -14,6 +14,7 @@
 namespace calotype {
 namespace {
 
+using testing::AllOf;
 using testing::HasSubstr;
 
 std::vector<Tensor> RunGraph(const ComputationGraph& graph, std::vector<Tensor> inputs) {
@@ -109,6 +110,13 @@ TEST(Text, ErrorsNameTheLine) {
   EXPECT_THAT(message("%0 = Input \"x\" : f32[2]\n%1 = Silu(%7) : f32[2]\n"), HasSubstr("line 2"));
   EXPECT_THAT(message("%0 = Nonsense() : f32[2]\n"), HasSubstr("Nonsense"));
   EXPECT_THAT(message("%0 = Input \"x\" : f32[2]\n%1 = Silu(%0) : f32[3]\n"), HasSubstr("f32[2]"));
+  // Text that is no number is no 0, and neither is a number with something behind it.
+  for (const char* word : {"two", "2x", "1.5.2", "0x10"}) {
+    EXPECT_THAT(message(fmt::format("%0 = Constant [{}] : f32[]\n", word)), HasSubstr("a number"));
+    EXPECT_THAT(message(fmt::format(
+                    "%0 = Input \"x\" : f32[2]\n%1 = Softmax(%0) {{a={}}} : f32[2]\n", word)),
+                AllOf(HasSubstr("line 2"), HasSubstr("an attribute value")));
+  }
 }
 
 TEST(Interpreter, ChecksInputs) {

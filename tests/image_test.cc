@@ -10,7 +10,9 @@
 #include "io/file.h"
 #include "io/image.h"
 #include "io/png.h"
+#include "tests/expect_error.h"
 #include "tests/png_builder.h"
+#include "tests/random_image.h"
 #include "tests/temp_folder.h"
 
 namespace calotype {
@@ -19,27 +21,10 @@ namespace {
 using test::BuildPng;
 using test::PngChunk;
 using test::PngSpec;
+using test::RandomImage;
 using test::TempFolder;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-
-template <class E, class F>
-std::string ErrorOf(F f) {
-  try {
-    f();
-  } catch (const E& error) {
-    return error.what();
-  } catch (const std::exception& error) {
-    return std::string("another type of error: ") + error.what();
-  }
-  return "no error";
-}
-
-Image RandomImage(int width, int height, Random& random) {
-  Image image{width, height, std::vector<uint8_t>(size_t{3} * width * height)};
-  for (uint8_t& byte : image.rgb) byte = static_cast<uint8_t>(random.Next());
-  return image;
-}
 
 // What the picture of `spec` looks like, from the PNG specification and our rules (scaled to 8
 // bits, then on white).
@@ -210,19 +195,19 @@ TEST(Png, LimitsAndMessages) {
     return bytes.substr(0, 8) + PngChunk("IHDR", header) + bytes.substr(8 + 25);
   };
   EXPECT_EQ(DecodePng(sized(1, 1), "x").rgb, std::vector<uint8_t>({1, 2, 3}));
-  EXPECT_THAT(ErrorOf<FileError>([&] { DecodePng(sized(16384, 16384), "big.png"); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { DecodePng(sized(16384, 16384), "big.png"); }),
               AllOf(HasSubstr("big.png"), HasSubstr("16384 x 16384 pixels")));
-  EXPECT_THAT(ErrorOf<FileError>([&] { DecodePng(sized(16385, 1), "x"); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { DecodePng(sized(16385, 1), "x"); }),
               HasSubstr("damaged PNG"));
-  EXPECT_THAT(ErrorOf<FileError>([&] { DecodePng(sized(0, 1), "x"); }), HasSubstr("damaged PNG"));
+  EXPECT_THAT(MessageOf<FileError>([&] { DecodePng(sized(0, 1), "x"); }), HasSubstr("damaged PNG"));
   // A chunk that claims more than the file has.
-  EXPECT_THAT(ErrorOf<FileError>([&] {
+  EXPECT_THAT(MessageOf<FileError>([&] {
                 DecodePng(
                     bytes.substr(0, 33) + test::BigEndian(0x7fffffff) + "tEXt" + bytes.substr(33),
                     "x");
               }),
               HasSubstr("the chunk at byte 33 of 80 claims 2147483647 bytes"));
-  EXPECT_THAT(ErrorOf<FileError>([&] { DecodePng("\xff\xd8\xff\xe0 JFIF", "a.jpg"); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { DecodePng("\xff\xd8\xff\xe0 JFIF", "a.jpg"); }),
               HasSubstr("a.jpg: not a PNG file"));
 }
 
@@ -243,7 +228,7 @@ TEST(Image, TensorsAndBack) {
       {3, 1, 2}, std::vector<float>{-INFINITY, INFINITY, -1.1f, 1.1f, 0, .004f});
   EXPECT_EQ(TensorToImage(edges).rgb, (std::vector<uint8_t>{0, 0, 128, 255, 255, 128}));
   edges.data()[3] = NAN;
-  EXPECT_THAT(ErrorOf<NumericError>([&] { TensorToImage(edges); }),
+  EXPECT_THAT(MessageOf<NumericError>([&] { TensorToImage(edges); }),
               HasSubstr("channel 1 at x = 1, y = 0"));
   EXPECT_THROW(TensorToImage(Tensor({1, 4, 4})), ShapeError);
   EXPECT_THROW(TensorToImage(Tensor({2, 3, 4, 4})), ShapeError);

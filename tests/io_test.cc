@@ -12,7 +12,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
-#include <fstream>
 #include <thread>
 
 #include "core/error.h"
@@ -22,6 +21,7 @@
 #include "io/file.h"
 #include "io/safetensors.h"
 #include "io/sha256.h"
+#include "tests/expect_error.h"
 #include "tests/safetensors_corpus.h"
 #include "tests/temp_folder.h"
 
@@ -32,24 +32,8 @@ using test::FileOf;
 using test::OneTensor;
 using test::TempFolder;
 using test::WithLength;
+using test::WriteText;
 using ::testing::HasSubstr;
-
-void Put(const std::filesystem::path& path, const std::string& bytes) {
-  std::ofstream(path, std::ios::binary) << bytes;
-}
-
-// The text of the error E that f throws.
-template <class E, class F>
-std::string ErrorOf(F f) {
-  try {
-    f();
-  } catch (const E& error) {
-    return error.what();
-  } catch (const std::exception& error) {
-    return std::string("another type of error: ") + error.what();
-  }
-  return "no error";
-}
 
 // One tensor of one stored dtype from its elements in memory.
 template <class T>
@@ -96,7 +80,7 @@ TEST(Safetensors, MalformedCorpus) {
 
 TEST(Safetensors, MessagesNameFileTensorAndByte) {
   auto message = [](const std::string& bytes) {
-    return ErrorOf<FileError>([&] { ParseSafetensors(bytes, "model.safetensors"); });
+    return MessageOf<FileError>([&] { ParseSafetensors(bytes, "model.safetensors"); });
   };
   EXPECT_EQ(
       message(FileOf(OneTensor("\"F32\"", "[3]", "[0,8]"), 8)),
@@ -107,12 +91,12 @@ TEST(Safetensors, MessagesNameFileTensorAndByte) {
               HasSubstr("tensor 'x': boolean with value 2 at byte 65"));
   EXPECT_THAT(message(FileWith<uint64_t>("U64", {uint64_t{1} << 63})), HasSubstr("above 2^63 - 1"));
   TempFolder folder;
-  EXPECT_THAT(ErrorOf<FileError>([&] { ReadSafetensors(folder / "none.safetensors"); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { ReadSafetensors(folder / "none.safetensors"); }),
               testing::AllOf(HasSubstr("none.safetensors"), HasSubstr("No such file")));
-  EXPECT_THAT(ErrorOf<FileError>([&] { ReadSafetensors(folder.path()); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { ReadSafetensors(folder.path()); }),
               HasSubstr("not a regular file"));
   ASSERT_EQ(mkfifo((folder / "fifo").c_str(), 0600), 0);
-  EXPECT_THAT(ErrorOf<FileError>([&] { ReadSafetensors(folder / "fifo"); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { ReadSafetensors(folder / "fifo"); }),
               HasSubstr("not a regular file"));
 }
 
@@ -128,7 +112,7 @@ TEST(Safetensors, UnknownFields) {
   }
   EXPECT_EQ(ParseSafetensors(with(std::string(32, '[') + std::string(32, ']')), "f").tensors.size(),
             1u);
-  EXPECT_THAT(ErrorOf<FileError>([&] {
+  EXPECT_THAT(MessageOf<FileError>([&] {
                 ParseSafetensors(with(std::string(33, '[') + std::string(33, ']')), "f");
               }),
               HasSubstr("nesting deeper than 32"));
@@ -227,7 +211,7 @@ TEST(Safetensors, WriterEqualsTheReference) {
 TEST(Safetensors, WriterRefusesWhatTheReaderWould) {
   auto message = [](const std::string& name, Tensor tensor, const std::string& metadata = "") {
     TensorFile file{{{name, tensor}}, {{"note", metadata}}};
-    return ErrorOf<ValueError>([&] { FormatSafetensors(file); });
+    return MessageOf<ValueError>([&] { FormatSafetensors(file); });
   };
   Tensor x({1});
   EXPECT_THAT(message("x", Tensor()), HasSubstr("'x' is undefined"));
@@ -236,7 +220,7 @@ TEST(Safetensors, WriterRefusesWhatTheReaderWould) {
   EXPECT_THAT(message(std::string(65'536, 'n'), x), HasSubstr("cannot name a tensor"));
   EXPECT_THAT(message("\xff", x), HasSubstr("not UTF-8"));
   EXPECT_THAT(message("x", x, "\xc0\x80"), HasSubstr("not UTF-8"));
-  EXPECT_EQ(message(std::string(65'535, 'n'), x), "no error");
+  EXPECT_NO_THROW(FormatSafetensors({{{std::string(65'535, 'n'), x}}, {}}));
 }
 
 std::string RandomText(Random& random) {
@@ -359,10 +343,10 @@ TEST(AtomicFile, ReplacesAndLeavesNothingBehind) {
 
 TEST(AtomicFile, FoldersThatCannotBeWritten) {
   TempFolder folder;
-  EXPECT_THAT(ErrorOf<FileError>([&] { WriteFile(folder / "no/such/a.bin", "x"); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { WriteFile(folder / "no/such/a.bin", "x"); }),
               HasSubstr("No such file"));
-  Put(folder / "file", "x");
-  EXPECT_THAT(ErrorOf<FileError>([&] { WriteFile(folder / "file/a.bin", "x"); }),
+  WriteText(folder / "file", "x");
+  EXPECT_THAT(MessageOf<FileError>([&] { WriteFile(folder / "file/a.bin", "x"); }),
               HasSubstr("Not a directory"));
   std::filesystem::create_directory(folder / "taken");
   EXPECT_THROW(WriteFile(folder / "taken", "x"), FileError);  // rename over a folder
@@ -370,14 +354,14 @@ TEST(AtomicFile, FoldersThatCannotBeWritten) {
 
   std::filesystem::path closed = folder / "closed";
   std::filesystem::create_directory(closed);
-  Put(closed / "a.bin", "old");
+  WriteText(closed / "a.bin", "old");
   ASSERT_EQ(chmod(folder.path().c_str(), 0755), 0);
   ASSERT_EQ(chmod(closed.c_str(), 0555), 0);
   bool root = geteuid() == 0;  // root may write everywhere: become nobody for a moment
   if (root) {
     ASSERT_EQ(seteuid(65534), 0);
   }
-  std::string message = ErrorOf<FileError>([&] { WriteFile(closed / "a.bin", "new"); });
+  std::string message = MessageOf<FileError>([&] { WriteFile(closed / "a.bin", "new"); });
   if (root) {
     ASSERT_EQ(seteuid(0), 0);
   }
@@ -405,7 +389,7 @@ TEST(AtomicFile, FailedWritesKeepTheOldFile) {
   for (rlim_t limit : {0, 1, 4095, 4096, 65536}) {
     std::string message;
     WithFileLimit(limit, [&] {
-      message = ErrorOf<FileError>([&] { WriteFile(folder / "a.bin", std::string(65537, 'x')); });
+      message = MessageOf<FileError>([&] { WriteFile(folder / "a.bin", std::string(65537, 'x')); });
     });
     EXPECT_THAT(message, testing::AllOf(HasSubstr("a.bin"), HasSubstr("File too large"))) << limit;
     EXPECT_EQ(ReadFile(folder / "a.bin"), "old");
@@ -415,9 +399,9 @@ TEST(AtomicFile, FailedWritesKeepTheOldFile) {
 
 TEST(AtomicFile, StaleTemporariesGoLivingOnesStay) {
   TempFolder folder;
-  Put(folder / ".a.bin.tmp.12345.0", "stale");
-  Put(folder / ".a.bin.tmp.12345.0x", "not ours");
-  Put(folder / "a.tmp.1.2", "not ours");
+  WriteText(folder / ".a.bin.tmp.12345.0", "stale");
+  WriteText(folder / ".a.bin.tmp.12345.0x", "not ours");
+  WriteText(folder / "a.tmp.1.2", "not ours");
   AtomicFile living(folder / "b.bin");
   living.Write("b");
   EXPECT_EQ(RemoveStaleTemporaries(folder.path()), 1);
@@ -429,12 +413,12 @@ TEST(AtomicFile, StaleTemporariesGoLivingOnesStay) {
 
 TEST(ReadFile, Limits) {
   TempFolder folder;
-  Put(folder / "a", std::string(100, 'x'));
+  WriteText(folder / "a", std::string(100, 'x'));
   EXPECT_EQ(ReadFile(folder / "a", 100).size(), 100u);
-  EXPECT_THAT(ErrorOf<FileError>([&] { ReadFile(folder / "a", 99); }), HasSubstr("100 bytes"));
+  EXPECT_THAT(MessageOf<FileError>([&] { ReadFile(folder / "a", 99); }), HasSubstr("100 bytes"));
   InputFile file(folder / "a");
   char byte;
-  EXPECT_THAT(ErrorOf<FileError>([&] { file.ReadAt(100, &byte, 1); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { file.ReadAt(100, &byte, 1); }),
               HasSubstr("ends at byte 100"));
 }
 
@@ -460,8 +444,8 @@ TEST(Checkpoint, RoundTripAndPrune) {
   ExpectSame(ReadCheckpoint(CheckpointPath(folder.path(), 20)), MakeCheckpoint(20));
   // Any reader of safetensors can open it.
   EXPECT_EQ(ReadSafetensors(folder / "checkpoint-20.safetensors").metadata.at("format"), "pt");
-  Put(folder / ".checkpoint-7.safetensors.tmp.1.2", "left by a killed writer");
-  Put(folder / "checkpoint-05.safetensors", "not our spelling");
+  WriteText(folder / ".checkpoint-7.safetensors.tmp.1.2", "left by a killed writer");
+  WriteText(folder / "checkpoint-05.safetensors", "not our spelling");
   WriteCheckpoint(folder.path(), MakeCheckpoint(200), 2);
   EXPECT_EQ(ListCheckpoints(folder.path()), (std::vector<int64_t>{100, 200, 300}));
   WriteCheckpoint(folder.path(), MakeCheckpoint(400), 1);
@@ -479,7 +463,7 @@ TEST(Checkpoint, EveryBitFlipAndTruncationIsFound) {
   std::filesystem::path path = CheckpointPath(folder.path(), 5), bad = folder / "bad";
   std::string bytes = ReadFile(path);
   // In place: creating a file for each would wait for the disk.
-  Put(bad, bytes);
+  WriteText(bad, bytes);
   int descriptor = open(bad.c_str(), O_WRONLY);
   ASSERT_GE(descriptor, 0);
   for (size_t bit = 0; bit < bytes.size() * 8; ++bit) {
@@ -495,10 +479,10 @@ TEST(Checkpoint, EveryBitFlipAndTruncationIsFound) {
     ASSERT_THROW(ReadCheckpoint(bad), FileError) << n << " bytes";
   }
   close(descriptor);
-  Put(bad, bytes + '\0');
+  WriteText(bad, bytes + '\0');
   EXPECT_THROW(ReadCheckpoint(bad), FileError);
-  Put(bad, FormatSafetensors({}));
-  EXPECT_THAT(ErrorOf<FileError>([&] { ReadCheckpoint(bad); }), HasSubstr("not a checkpoint"));
+  WriteText(bad, FormatSafetensors({}));
+  EXPECT_THAT(MessageOf<FileError>([&] { ReadCheckpoint(bad); }), HasSubstr("not a checkpoint"));
 }
 
 TEST(Checkpoint, DamagedNewestFallsBack) {
@@ -506,7 +490,7 @@ TEST(Checkpoint, DamagedNewestFallsBack) {
   for (int64_t step : {1, 2, 3}) WriteCheckpoint(folder.path(), MakeCheckpoint(step));
   std::string bytes = ReadFile(CheckpointPath(folder.path(), 3));
   bytes.back() ^= 1;
-  Put(CheckpointPath(folder.path(), 3), bytes);
+  WriteText(CheckpointPath(folder.path(), 3), bytes);
   std::vector<std::string> warnings;
   auto warn = [&](const std::string& text) { warnings.push_back(text); };
   ExpectSame(*ReadLatestCheckpoint(folder.path(), warn), MakeCheckpoint(2));
@@ -517,8 +501,8 @@ TEST(Checkpoint, DamagedNewestFallsBack) {
   std::filesystem::copy_file(CheckpointPath(folder.path(), 1), CheckpointPath(folder.path(), 9));
   ExpectSame(*ReadLatestCheckpoint(folder.path(), warn), MakeCheckpoint(2));
   EXPECT_THAT(warnings[1], HasSubstr("holds step 1"));
-  for (int64_t step : {1, 2, 3, 9}) Put(CheckpointPath(folder.path(), step), "");
-  EXPECT_THAT(ErrorOf<FileError>([&] { ReadLatestCheckpoint(folder.path(), warn); }),
+  for (int64_t step : {1, 2, 3, 9}) WriteText(CheckpointPath(folder.path(), step), "");
+  EXPECT_THAT(MessageOf<FileError>([&] { ReadLatestCheckpoint(folder.path(), warn); }),
               HasSubstr("none of the 4 checkpoints is whole"));
 }
 

@@ -5,7 +5,6 @@
 
 #include <functional>
 
-#include "layer_gradient.h"
 #include "layers/activation.h"
 #include "layers/attention.h"
 #include "layers/conv2d.h"
@@ -16,6 +15,8 @@
 #include "layers/resnet.h"
 #include "layers/timesteps.h"
 #include "layers/transformer.h"
+#include "tests/expect_error.h"
+#include "tests/layer_gradient.h"
 
 namespace calotype {
 namespace {
@@ -26,17 +27,6 @@ using nn::GroupNorm;
 using nn::LayerNorm;
 using nn::Linear;
 using ::testing::HasSubstr;
-
-template <class E, class F>
-std::string MessageOf(F f) {
-  try {
-    f();
-  } catch (const E& error) {
-    return error.what();
-  }
-  ADD_FAILURE() << "no error of the expected type";
-  return "";
-}
 
 // ---------------------------------------------------------------- every layer
 

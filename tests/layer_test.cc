@@ -4,12 +4,13 @@
 
 #include <set>
 
-#include "layer_gradient.h"
 #include "layers/attention.h"
 #include "layers/conv2d.h"
 #include "layers/linear.h"
 #include "layers/norm.h"
 #include "layers/transformer.h"
+#include "tests/expect_error.h"
+#include "tests/layer_gradient.h"
 
 namespace calotype {
 namespace {
@@ -21,17 +22,6 @@ using nn::LayerNorm;
 using nn::Linear;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
-
-template <class E, class F>
-std::string MessageOf(F f) {
-  try {
-    f();
-  } catch (const E& error) {
-    return error.what();
-  }
-  ADD_FAILURE() << "no error of the expected type";
-  return "";
-}
 
 // ---------------------------------------------------------------- the base class
 

@@ -5,7 +5,6 @@
 
 #include <cmath>
 #include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "core/random.h"
@@ -15,19 +14,16 @@
 #include "models/caption_encoder.h"
 #include "models/presets.h"
 #include "models/unet_2d_condition.h"
+#include "tests/expect_error.h"
+#include "tests/temp_folder.h"
 
 namespace calotype {
 namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::json;
+using test::ReadText;
 using ::testing::HasSubstr;
-
-std::string ReadText(const fs::path& path) {
-  std::ifstream file(path);
-  EXPECT_TRUE(file.good()) << path;
-  return {std::istreambuf_iterator<char>(file), {}};
-}
 
 fs::path Fixture(const std::string& name) {
   return fs::path(CALOTYPE_TEST_DATA) / "fixtures" / name;
@@ -46,17 +42,6 @@ double LargestDifference(const Tensor& a, const Tensor& b) {
     largest = std::max(largest, std::abs(static_cast<double>(a.data()[i]) - b.data()[i]));
   }
   return largest;
-}
-
-template <class E, class F>
-std::string MessageOf(F f) {
-  try {
-    f();
-  } catch (const E& error) {
-    return error.what();
-  }
-  ADD_FAILURE() << "no error of the expected type";
-  return "";
 }
 
 // Loads the case's parameters into `layer`, runs it on the inputs of these names (absent ones
@@ -204,6 +189,11 @@ TEST(UNetTest, ConfigErrorsNameTheField) {
   EXPECT_THAT(error(R"({"in_channels": 4.5})"), HasSubstr("'in_channels'"));
   EXPECT_THAT(error(R"({"layers_per_block": 0})"), HasSubstr("'layers_per_block'"));
   EXPECT_THAT(error(R"({"layers_per_block": [1, 2]})"), HasSubstr("'layers_per_block'"));
+  // What a damaged file asks for must not become memory or an overflow first.
+  EXPECT_THAT(error(R"({"layers_per_block": 1000000000})"), HasSubstr("'layers_per_block'"));
+  EXPECT_THAT(error(R"({"in_channels": 4611686018427387904})"), HasSubstr("'in_channels'"));
+  EXPECT_THAT(error(R"({"in_channels": 18446744073709551615})"), HasSubstr("'in_channels'"));
+  EXPECT_THAT(error(R"({"conv_in_kernel": 4611686018427387905})"), HasSubstr("'conv_in_kernel'"));
   EXPECT_THAT(error(R"({"up_block_types": ["UpBlock2D"]})"), HasSubstr("'up_block_types'"));
   EXPECT_THAT(error(R"({"act_fn": "sine"})"), HasSubstr("'sine'"));
   EXPECT_THAT(error(R"({"norm_num_groups": 33})"), HasSubstr("norm_num_groups"));
@@ -429,6 +419,7 @@ TEST(CaptionEncoderTest, ConfigRoundTripAndErrors) {
   };
   EXPECT_THAT(error(R"({"hidden": 3})"), HasSubstr("'hidden'"));
   EXPECT_THAT(error(R"({"hidden_size": 10})"), HasSubstr("num_attention_heads"));
+  EXPECT_THAT(error(R"({"num_layers": 1000000000})"), HasSubstr("'num_layers'"));
   EXPECT_THAT(error(R"({"vocabulary": ["dog"]})"), HasSubstr("<pad>"));
   EXPECT_THAT(error(R"({"_class_name": "CLIPTextModel"})"), HasSubstr("CLIPTextModel"));
 }
