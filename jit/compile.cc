@@ -88,16 +88,23 @@ ExecutableData::IndexCheck Convert(const IndexCheck& check) {
 
 }  // namespace
 
+Winograd ParseWinograd(std::string_view name) {
+  if (name == "auto") return Winograd::kAuto;
+  Check(name == "off", "winograd is `{}`; it must be auto or off", name);
+  return Winograd::kOff;
+}
+
 bool JitEnabled() { return EnvironmentMode() != Mode::kOff; }
 
 std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const CompileOptions& options) {
   Mode mode = EnvironmentMode();
   Check<UnsupportedError>(mode != Mode::kOff, "compile: CALOTYPE_JIT=off forbids it; run eagerly");
   auto start = std::chrono::steady_clock::now();
-  auto program =
-      std::make_shared<LoweredProgram>(Lower(graph, {.fuse = options.fuse && PassEnabled("fuse"),
-                                                     .winograd_bytes = options.winograd_bytes,
-                                                     .rare_inputs = options.rare_inputs}));
+  auto program = std::make_shared<LoweredProgram>(Lower(
+      graph,
+      {.fuse = options.fuse && PassEnabled("fuse"),
+       .winograd_bytes = options.winograd == Winograd::kOff ? 0 : options.winograd_bytes,
+       .rare_inputs = options.rare_inputs}));
   MemoryPlan plan = PlanMemory(*program);
   ExecutableData data;
   data.stats.lower_ms = MillisecondsSince(start);

@@ -11,6 +11,7 @@
 #include <list>
 #include <memory>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "graph/graph.h"
@@ -18,11 +19,16 @@
 
 namespace calotype::jit {
 
+enum class Winograd : uint8_t { kAuto, kOff };
+// Errors: ValueError for a name other than auto and off.
+Winograd ParseWinograd(std::string_view name);
+
 struct CompileOptions {
   bool fuse = true;  // false: every elementwise node is a kernel of its own (to bisect)
-  // 3x3 convolutions are computed by Winograd's F(4x4, 3x3) where that pays: about twice as fast,
-  // with up to twice the rounding error of the direct sum. Their transformed kernels, 4 times as
-  // large as the kernels, stay within this many bytes altogether; 0: never.
+  // kAuto: 3x3 convolutions are computed by Winograd's F(4x4, 3x3) where that pays: about twice as
+  // fast, with up to twice the rounding error of the direct sum. Their transformed kernels, 4 times
+  // as large as the kernels, stay within winograd_bytes altogether.
+  Winograd winograd = Winograd::kAuto;
   int64_t winograd_bytes = int64_t{2} << 30;
   bool check = false;  // as CALOTYPE_JIT=check
   // Names of inputs that keep their value over many calls, such as a prompt's context over the
