@@ -2,68 +2,149 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
+#include <cstdio>
+#include <iostream>
 #include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
 #include <vector>
 
 #include "app/commands.h"
 #include "core/error.h"
+#include "core/parallel.h"
+#include "graph/flop.h"
+#include "io/atomic_file.h"
 #include "io/safetensors.h"
-#include "pipelines/graph_runner.h"
+#include "pipelines/benchmark.h"
 #include "pipelines/unet_folder.h"
 
 namespace calotype::app {
 namespace {
 
+using Json = nlohmann::ordered_json;
+
 struct Command {
-  std::filesystem::path model, inputs, output;
-  std::string backend = "jit";
+  std::filesystem::path model, inputs, output, json;
+  std::string backend = "jit", winograd = "auto";
   int repeat = 1;
+  bool on_demand = false;
 };
 
-double Seconds(const std::function<void()>& work) {
-  auto start = std::chrono::steady_clock::now();
-  work();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-void Run(const Command& command) {
-  Backend backend = ParseBackend(command.backend);
-  TensorFile file = ReadSafetensors(command.inputs);
+struct Inputs {
   std::vector<GraphInput> declared;
-  std::vector<Tensor> inputs;
+  std::vector<Tensor> tensors;
+};
+
+// The inputs of the model in its order; encoder_attention_mask may be absent.
+Inputs ReadInputs(const std::filesystem::path& path) {
+  TensorFile file = ReadSafetensors(path);
+  Inputs inputs;
   for (const char* name :
        {"sample", "timestep", "encoder_hidden_states", "encoder_attention_mask"}) {
     auto at = file.tensors.find(name);
     if (at == file.tensors.end()) {
       Check<FileError>(std::string_view(name) == "encoder_attention_mask",
-                       "{}: tensor \"{}\" is missing", command.inputs.string(), name);
+                       "{}: tensor \"{}\" is missing", path.string(), name);
       continue;
     }
-    declared.push_back({name, at->second.type()});
-    inputs.push_back(at->second);
+    inputs.declared.push_back({name, at->second.type()});
+    inputs.tensors.push_back(at->second);
     file.tensors.erase(at);
   }
   for (const auto& [name, tensor] : file.tensors) {
     Fail<FileError>(
         "{}: tensor \"{}\" is unknown; the inputs are sample, timestep, encoder_hidden_states, "
         "encoder_attention_mask",
-        command.inputs.string(), name);
+        path.string(), name);
   }
+  return inputs;
+}
 
+// The loaded model and what its calls have taken.
+struct Session {
   std::unique_ptr<UNet2DConditionModel> unet;
-  const double load = Seconds([&] { unet = LoadUNet(command.model); });
-  unet->SetTrainingMode(false);
-  GraphRunner runner(unet->Export(declared), backend);
+  Inputs inputs;
+  std::unique_ptr<GraphRunner> runner;
   std::vector<Tensor> outputs;
-  std::vector<double> calls;
-  for (int i = 0; i < command.repeat; ++i)
-    calls.push_back(Seconds([&] { outputs = runner.Run(inputs); }));
-  std::nth_element(calls.begin(), calls.begin() + command.repeat / 2, calls.end());
-  fmt::print("load {:.3f} s, compile {:.3f} s, call {:.3f} ms (median of {}, {})\n", load,
-             runner.compile_seconds(), 1e3 * calls[command.repeat / 2], command.repeat,
-             NameOf(backend));
-  WriteSafetensors(command.output, {{{"out", outputs[0]}}, {}});
+  double load_seconds = 0, flop = 0;
+  std::vector<double> ms, cpu_ms;  // of each call
+
+  void Call() {
+    CallTime time = TimeCall([&] { outputs = runner->Run(inputs.tensors); });
+    ms.push_back(1e3 * time.wall);
+    cpu_ms.push_back(1e3 * time.cpu);
+  }
+};
+
+jit::CompileOptions CompileOptionsOf(const Command& command) {
+  jit::CompileOptions options;
+  options.winograd = jit::ParseWinograd(command.winograd);
+  return options;
+}
+
+Session Open(const Command& command) {
+  Session session;
+  Backend backend = ParseBackend(command.backend);
+  session.inputs = ReadInputs(command.inputs);
+  session.load_seconds = TimeCall([&] { session.unet = LoadUNet(command.model); }).wall;
+  session.unet->SetTrainingMode(false);
+  ComputationGraph graph = session.unet->Export(session.inputs.declared);
+  session.flop = CountFlop(graph);
+  session.runner =
+      std::make_unique<GraphRunner>(std::move(graph), backend, CompileOptionsOf(command));
+  return session;
+}
+
+Json Summary(const Command& command, const Session& session) {
+  double median = Median(session.ms);
+  return {{"backend", command.backend},
+          {"winograd", command.winograd},
+          {"threads", Threads()},
+          {"load_seconds", session.load_seconds},
+          {"compile_seconds", session.runner->compile_seconds()},
+          {"calls", session.ms.size()},
+          {"median_ms", median},
+          {"fastest_ms", *std::min_element(session.ms.begin(), session.ms.end())},
+          {"median_cpu_ms", Median(session.cpu_ms)},
+          {"flop", session.flop},
+          {"gflops", 1e-6 * session.flop / median},
+          {"peak_memory_bytes", PeakMemoryBytes()}};
+}
+
+// Answers the lines of standard input, each with one line: "run S" makes calls for S seconds (one
+// at least) and gives their times. Between commands the process sleeps, so that a benchmark can
+// keep several programs loaded and run them in turn.
+void Serve(const Command& command, Session& session) {
+  auto say = [](const Json& json) {
+    fmt::print("{}\n", json.dump());
+    std::fflush(stdout);
+  };
+  say(Summary(command, session));
+  for (std::string line; std::getline(std::cin, line);) {
+    double seconds = -1;
+    if (std::sscanf(line.c_str(), "run %lf", &seconds) != 1 || seconds < 0)
+      Fail("unet --on-demand: the command \"{}\" is unknown; there is: run SECONDS", line);
+    session.ms.clear();
+    session.cpu_ms.clear();
+    for (double spent = 0; session.ms.empty() || spent < seconds; spent += 1e-3 * session.ms.back())
+      session.Call();
+    say({{"ms", session.ms}, {"cpu_ms", session.cpu_ms}, {"peak_memory_bytes", PeakMemoryBytes()}});
+  }
+}
+
+void Run(const Command& command) {
+  Session session = Open(command);
+  for (int i = 0; i < command.repeat; ++i) session.Call();
+  WriteSafetensors(command.output, {{{"out", session.outputs[0]}}, {}});
+  Json summary = Summary(command, session);
+  if (!command.json.empty()) WriteFile(command.json, summary.dump(1) + "\n");
+  if (command.on_demand) return Serve(command, session);
+  fmt::print(
+      "load {:.3f} s, compile {:.3f} s, call {:.3f} ms (median of {}, {}; {:.3f} ms of CPU, "
+      "{:.1f} GFLOP/s), peak memory {:.0f} MB\n",
+      session.load_seconds, session.runner->compile_seconds(), summary["median_ms"].get<double>(),
+      command.repeat, command.backend, summary["median_cpu_ms"].get<double>(),
+      summary["gflops"].get<double>(), 1e-6 * static_cast<double>(PeakMemoryBytes()));
 }
 
 }  // namespace
@@ -81,9 +162,15 @@ void AddUNet(CLI::App& app, Selected& selected) {
   unet->add_option("-i,--inputs", command->inputs, "Safetensors file of the inputs")->required();
   unet->add_option("-o,--out,--output", command->output, "Safetensors file to write")->required();
   unet->add_option("--backend", command->backend, "jit or eager")->capture_default_str();
+  unet->add_option("--winograd", command->winograd, "auto (where it pays) or off; for jit")
+      ->capture_default_str();
   unet->add_option("--repeat", command->repeat, "Calls to time")
       ->capture_default_str()
       ->check(CLI::Range(1, 1000000));
+  unet->add_option("--json", command->json, "File for the figures");
+  unet->add_flag("--on-demand", command->on_demand,
+                 "Then time further calls on demand: for each line \"run SECONDS\" of standard "
+                 "input, one line of JSON");
   unet->callback([command, &selected] { selected.run = [command] { Run(*command); }; });
 }
 

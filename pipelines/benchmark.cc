@@ -1,11 +1,15 @@
 #include "pipelines/benchmark.h"
 
+#include <sys/resource.h>
+#include <time.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <vector>
+#include <fstream>
 
 #include "core/random.h"
+#include "graph/flop.h"
 #include "pipelines/model_graphs.h"
 #include "pipelines/training_setup.h"
 
@@ -18,50 +22,85 @@ Tensor Integers(const Shape& shape, int64_t limit, Random& random) {
   return result;
 }
 
+// Largest |actual - expected| over the largest |expected|; NaN if one is.
+double RelativeDifference(const Tensor& expected, const Tensor& actual) {
+  double largest = 0, difference = 0;
+  for (int64_t k = 0; k < expected.elements(); ++k) {
+    double e = expected.data()[k], d = std::abs(actual.data()[k] - e);
+    largest = std::max(largest, std::abs(e));
+    if (!(d <= difference)) difference = d;
+    if (std::isnan(d)) return d;
+  }
+  return largest > 0 ? difference / largest : difference;
+}
+
+void Profile(jit::Executable& jit, std::span<const Tensor> inputs, std::span<Tensor> outputs,
+             double seconds, Comparison& result) {
+  jit::RunProfile profile;
+  for (double spent = 0; spent < seconds || profile.runs < 3;) {
+    spent += TimeCall([&] { jit.Run(inputs, outputs, profile); }).wall;
+  }
+  double runs = static_cast<double>(profile.runs);
+  for (size_t s = 0; s < profile.steps.size(); ++s) {
+    const jit::ExecutableData::Step& step = jit.steps()[s];
+    result.steps.push_back({static_cast<int>(s), step.label, step.kind, step.shape, step.chunks,
+                            step.flop, 1e3 * profile.steps[s].wall / runs,
+                            1e3 * profile.steps[s].cpu / runs});
+  }
+  std::stable_sort(result.steps.begin(), result.steps.end(),
+                   [](const ProfiledStep& a, const ProfiledStep& b) { return a.ms > b.ms; });
+  jit::RunProfile events{.want_events = true};
+  jit.Run(inputs, outputs, events);
+  result.events = std::move(events.events);
+}
+
 }  // namespace
 
 Comparison Compare(const std::function<ComputationGraph()>& make_graph,
-                   std::span<const Tensor> inputs, double seconds) {
-  GraphRunner eager(make_graph(), Backend::kEager), jit(make_graph(), Backend::kJit);
+                   std::span<const Tensor> inputs, const BenchmarkOptions& options) {
   Comparison result;
-  result.compile_seconds = jit.compile_seconds();
-  std::vector<Tensor> expected = eager.Run(inputs), actual = jit.Run(inputs);
+  ComputationGraph graph = make_graph();
+  result.flop = CountFlop(graph);
+  std::unique_ptr<jit::Executable> jit;
+  result.compile_seconds = TimeCall([&] { jit = jit::Compile(graph, options.compile); }).wall;
+  result.arena_bytes = jit->Stats().arena_bytes;
+  result.packed_bytes = jit->Stats().persistent_bytes;
+  GraphRunner eager(std::move(graph), Backend::kEager);
+
+  std::vector<Tensor> expected = eager.Run(inputs), actual = jit->Run(inputs);
   for (size_t i = 0; i < expected.size(); ++i) {
-    double largest = 0, difference = 0;
-    for (int64_t k = 0; k < expected[i].elements(); ++k) {
-      double e = expected[i].data()[k], d = std::abs(actual[i].data()[k] - e);
-      largest = std::max(largest, std::abs(e));
-      difference = std::isnan(d) ? d : std::max(difference, d);
-    }
-    result.max_rel_difference =
-        std::max(result.max_rel_difference, largest > 0 ? difference / largest : difference);
+    double difference = RelativeDifference(expected[i], actual[i]);
+    if (!(difference <= result.max_rel_difference)) result.max_rel_difference = difference;
+    if (std::isnan(difference)) break;
   }
-  auto time = [&](GraphRunner& runner) {
-    auto start = std::chrono::steady_clock::now();
-    runner.Run(inputs);
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  auto keep_fastest = [](CallTime time, double& ms, double& cpu_ms) {
+    if (ms > 0 && 1e3 * time.wall >= ms) return;
+    ms = 1e3 * time.wall;
+    cpu_ms = 1e3 * time.cpu;
   };
-  std::vector<double> eager_times, jit_times;
-  for (double spent = 0; spent < 2 * seconds || eager_times.size() < 3;
-       spent += eager_times.back() + jit_times.back()) {
-    eager_times.push_back(time(eager));
-    jit_times.push_back(time(jit));
+  int rounds = 0;
+  for (double spent = 0; spent < 2 * options.seconds || rounds < 3; ++rounds) {
+    CallTime eager_time = TimeCall([&] { eager.Run(inputs); });
+    CallTime jit_time = TimeCall([&] { jit->Run(inputs, actual); });
+    keep_fastest(eager_time, result.eager_ms, result.eager_cpu_ms);
+    keep_fastest(jit_time, result.jit_ms, result.jit_cpu_ms);
+    spent += eager_time.wall + jit_time.wall;
   }
-  result.eager_ms = 1e3 * *std::min_element(eager_times.begin(), eager_times.end());
-  result.jit_ms = 1e3 * *std::min_element(jit_times.begin(), jit_times.end());
+  if (options.profile) Profile(*jit, inputs, actual, options.seconds, result);
   return result;
 }
 
-Comparison CompareUNet(DiffusionModel& model, int64_t batch, double seconds) {
+Comparison CompareUNet(DiffusionModel& model, int64_t batch, const BenchmarkOptions& options) {
   Random random(0, "benchmark");
   std::vector<Tensor> inputs{
       random.NormalTensor({batch, model.channels(), model.side(), model.side()}),
-      Integers({batch}, 1000, random),
+      Integers({batch}, 1000, random).To(DType::kF32),
       random.NormalTensor({batch, model.caption_tokens(), model.context_width()})};
-  return Compare([&] { return UNetGraph(model, batch); }, inputs, seconds);
+  return Compare([&] { return UNetGraph(model, batch); }, inputs, options);
 }
 
-Comparison CompareTrainingStep(DiffusionModel& model, int64_t batch, double seconds) {
+Comparison CompareTrainingStep(DiffusionModel& model, int64_t batch,
+                               const BenchmarkOptions& options) {
   Random random(0, "benchmark");
   NoiseSchedule schedule(model.scheduler());
   Optimizer optimizer(AdamW{}, model.NamedParameters(), 1);
@@ -74,17 +113,53 @@ Comparison CompareTrainingStep(DiffusionModel& model, int64_t batch, double seco
   for (Tensor& input : optimizer.Inputs(1, 0)) inputs.push_back(std::move(input));
   for (Tensor& input : ema.Inputs(1)) inputs.push_back(std::move(input));
   return Compare([&] { return TrainingStepGraph(model, schedule, batch, optimizer, &ema); }, inputs,
-                 seconds);
+                 options);
 }
 
-std::unique_ptr<DiffusionModel> RandomModel(const std::string& unet) {
+std::unique_ptr<DiffusionModel> RandomModel(const std::string& unet, int64_t tokens) {
   UNet2DConditionConfig config = UNetOf(unet);
   CaptionEncoderConfig encoder;
   for (char c = 'a'; c <= 'z'; ++c) encoder.vocabulary.push_back(std::string(1, c));
   encoder.hidden_size = config.cross_attention_dim[0];
+  encoder.max_length = tokens;
   auto model = std::make_unique<DiffusionModel>(config, encoder, SchedulerConfig{});
   model->Initialize(0);
   return model;
+}
+
+CallTime TimeCall(const std::function<void()>& call) {
+  auto cpu = [] {
+    timespec time;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+  };
+  double cpu_start = cpu();
+  auto start = std::chrono::steady_clock::now();
+  call();
+  double wall = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return {wall, cpu() - cpu_start};
+}
+
+int64_t PeakMemoryBytes() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return int64_t{1024} * usage.ru_maxrss;
+}
+
+std::string ProcessorName() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    if (line.rfind("model name", 0) != 0) continue;
+    size_t colon = line.find(": ");
+    return colon == std::string::npos ? "" : line.substr(colon + 2);
+  }
+  return "";
+}
+
+double Median(std::vector<double> values) {
+  auto middle = values.begin() + static_cast<int64_t>((values.size() - 1) / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
 }
 
 }  // namespace calotype

@@ -71,7 +71,7 @@ DemoSummary RunDemo(const DemoOptions& options, const DemoCallbacks& callbacks) 
   // From here on only what lies in the folder counts.
   auto pipeline = TextToImagePipeline::Load(options.folder, Backend::kJit);
   summary.b1 = CompareUNet(pipeline->model(), 1);
-  summary.b64 = CompareUNet(pipeline->model(), 64, 2);
+  summary.b64 = CompareUNet(pipeline->model(), 64, {.seconds = 2});
 
   GenerateOptions generate;
   generate.steps = options.sampling_steps;
