@@ -79,13 +79,20 @@ void AddSample(CLI::App& app, Selected& selected) {
       ->add_option("--guidance-rescale", options.guidance_rescale,
                    "Share of rescaling after guidance, 0 to 1")
       ->capture_default_str();
-  sample->add_option("--sampler,--sampling-method", options.sampler, "ddim or ddpm")
+  sample
+      ->add_option("--sampler,--scheduler,--sampling-method", options.sampler,
+                   "ddim, ddpm, pndm, euler, euler-karras, euler-a, dpm++-2m, dpm++-2m-karras, "
+                   "dpm++-2m-sde, dpm++-2m-sde-karras, or a class of diffusers")
       ->capture_default_str();
   sample->add_option("--eta", options.eta, "Noise of DDIM's steps, 0 to 1")->capture_default_str();
   sample->add_option("--side,--resolution", options.side, "Width and height; 0: the model's")
       ->capture_default_str();
   sample
       ->add_option("-s,--seed", command->seed, "Seed of the first picture; the next ones count up")
+      ->capture_default_str();
+  sample
+      ->add_option("--rng", options.rng,
+                   "Noise of a seed: philox, or torch for the numbers that PyTorch draws")
       ->capture_default_str();
   sample
       ->add_option("-b,--count,--batch-count,--num-images", command->count,

@@ -15,15 +15,15 @@ class DdimScheduler : public Scheduler {
   // Errors: ValueError if config.type is not DDIMScheduler or eta is outside [0, 1].
   explicit DdimScheduler(const SchedulerConfig& config, const SamplerOptions& options = {});
 
-  bool NeedsNoise(int64_t timestep) const override;
-  Tensor Step(const Tensor& model_output, int64_t timestep, const Tensor& sample,
-              const Tensor& noise = {}) const override;
+  bool NeedsNoise(int64_t i) const override;
+  Tensor Step(const Tensor& model_output, int64_t i, const Tensor& sample,
+              const Tensor& noise = {}) override;
 
-  // sigma^2 at eta 1 of the step from `timestep`. Errors: as Step.
-  double Variance(int64_t timestep) const;
+  // sigma^2 of step i at eta 1. Errors: as Step.
+  double Variance(int64_t i) const;
 
  private:
-  double AlphaBarBehind(int64_t timestep) const;
+  double AlphaBarBehind(int64_t i) const;
 
   SamplerOptions options_;
 };

@@ -18,15 +18,15 @@ class DdpmScheduler : public Scheduler {
   // Errors: ValueError if config.type is not DDPMScheduler.
   explicit DdpmScheduler(const SchedulerConfig& config);
 
-  bool NeedsNoise(int64_t timestep) const override;  // timestep > 0
-  Tensor Step(const Tensor& model_output, int64_t timestep, const Tensor& sample,
-              const Tensor& noise = {}) const override;
+  bool NeedsNoise(int64_t i) const override;  // timestep > 0
+  Tensor Step(const Tensor& model_output, int64_t i, const Tensor& sample,
+              const Tensor& noise = {}) override;
 
-  // The variance of a step whose variance_type is not learned. Errors: as Step.
-  double Variance(int64_t timestep) const;
+  // The variance of step i if variance_type is not learned. Errors: as Step.
+  double Variance(int64_t i) const;
 
  private:
-  double AlphaBarBehind(int64_t timestep) const;
+  double AlphaBarBehind(int64_t i) const;
 };
 
 }  // namespace calotype

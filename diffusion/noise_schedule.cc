@@ -25,7 +25,8 @@ std::vector<float> Linspace(double start, double end, int64_t steps) {
   return values;
 }
 
-// Running product of 1 - beta, accumulated in double and rounded at each step, as torch.cumprod.
+// alpha_bar: running product of 1 - beta, accumulated in double and rounded at each step, as
+// torch.cumprod.
 std::vector<float> CumulativeProduct(const std::vector<float>& betas) {
   std::vector<float> products(betas.size());
   double product = 1;
@@ -33,6 +34,14 @@ std::vector<float> CumulativeProduct(const std::vector<float>& betas) {
     product *= 1.0f - betas[t];
     products[t] = static_cast<float>(product);
   }
+  return products;
+}
+
+std::vector<float> AlphasCumprod(const SchedulerConfig& config) {
+  std::vector<float> products = CumulativeProduct(Betas(config));
+  // The Euler and DPM solvers divide by it.
+  const bool divides = config.type.starts_with("Euler") || config.type.starts_with("DPMSolver");
+  if (config.rescale_betas_zero_snr && divides) products.back() = 0x1p-24f;
   return products;
 }
 
@@ -64,8 +73,9 @@ std::vector<float> SquareRoots(std::span<const float> alphas_cumprod, bool compl
 
 }  // namespace
 
-std::vector<float> Betas(const SchedulerConfig& config) {
-  Validate(config);
+std::vector<float> Betas(const SchedulerConfig& given) {
+  Validate(given);
+  const SchedulerConfig config = Resolved(given);
   const int64_t T = config.num_train_timesteps;
   const double first = config.beta_start, last = config.beta_end;
   std::vector<float> betas;
@@ -100,7 +110,7 @@ std::vector<float> Betas(const SchedulerConfig& config) {
 }
 
 NoiseSchedule::NoiseSchedule(const SchedulerConfig& config)
-    : alphas_cumprod_(CumulativeProduct(Betas(config))),
+    : alphas_cumprod_(AlphasCumprod(config)),
       prediction_type_(config.prediction_type == "epsilon"  ? PredictionType::kEpsilon
                        : config.prediction_type == "sample" ? PredictionType::kSample
                                                             : PredictionType::kVelocity),

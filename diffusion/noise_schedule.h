@@ -30,7 +30,8 @@ class NoiseSchedule {
 
   int64_t size() const { return static_cast<int64_t>(alphas_cumprod_.size()); }  // T
   PredictionType prediction_type() const { return prediction_type_; }
-  // alpha_bar_t for t = 0..T-1, decreasing.
+  // alpha_bar_t for t = 0..T-1, decreasing. Where rescale_betas_zero_snr makes the last one 0, it
+  // is 2^-24 for the Euler and DPM solvers.
   std::span<const float> alphas_cumprod() const { return alphas_cumprod_; }
   // alpha_bar of one timestep. Errors: ValueError outside [0, T).
   double AlphaBar(int64_t timestep) const;

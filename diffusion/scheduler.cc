@@ -6,6 +6,9 @@
 #include "core/error.h"
 #include "diffusion/ddim.h"
 #include "diffusion/ddpm.h"
+#include "diffusion/dpm_solver.h"
+#include "diffusion/euler.h"
+#include "diffusion/pndm.h"
 
 namespace calotype {
 namespace {
@@ -24,47 +27,78 @@ double Quantile(std::vector<double> values, double q) {
 
 }  // namespace
 
-Scheduler::Scheduler(const SchedulerConfig& config) : config_(config), noise_schedule_(config) {}
+Scheduler::Scheduler(const SchedulerConfig& config)
+    : config_(Resolved(config)), noise_schedule_(config_) {}
 
 void Scheduler::SetTimesteps(int64_t steps) {
   const int64_t T = noise_schedule_.size();
   Check(steps >= 1 && steps <= T,
         "scheduler: {} sampling steps asked, expected 1 to num_train_timesteps = {}", steps, T);
-  std::vector<int64_t> timesteps(steps);
-  const double n = static_cast<double>(steps);
-  for (int64_t i = 0; i < steps; ++i) {
-    const double x = static_cast<double>(i);
-    if (config_.timestep_spacing == "leading") {
-      timesteps[i] = (steps - 1 - i) * (T / steps) + config_.steps_offset;
-    } else if (config_.timestep_spacing == "linspace") {
-      const double step = steps > 1 ? static_cast<double>(T - 1) / (n - 1) : 0;
-      timesteps[i] = std::llrint((n - 1 - x) * step);
-    } else {
-      timesteps[i] = std::llrint(static_cast<double>(T) - x * (static_cast<double>(T) / n)) - 1;
-    }
-  }
-  Check(timesteps.front() < T,
+  timesteps_.clear();
+  first_ = next_ = -1;
+  std::vector<double> timesteps = ChooseTimesteps(steps);
+  Check(timesteps.front() < static_cast<double>(T),
         "scheduler: steps_offset {} moves the first of {} timesteps to {}, but the last training "
         "timestep is {}; use fewer steps or no offset",
         config_.steps_offset, steps, timesteps.front(), T - 1);
   timesteps_ = std::move(timesteps);
 }
 
-const std::vector<int64_t>& Scheduler::timesteps() const {
+std::vector<double> Scheduler::ChooseTimesteps(int64_t steps) {
+  const int64_t T = noise_schedule_.size();
+  std::vector<double> timesteps(static_cast<size_t>(steps));
+  const double n = static_cast<double>(steps), last = static_cast<double>(T - 1);
+  for (int64_t i = 0; i < steps; ++i) {
+    const double x = static_cast<double>(i);
+    double t;
+    if (config_.timestep_spacing == "leading") {
+      t = static_cast<double>((steps - 1 - i) * (T / steps) + config_.steps_offset);
+    } else if (config_.timestep_spacing == "linspace") {
+      const double step = steps > 1 ? last / (n - 1) : 0;
+      t = std::nearbyint((n - 1 - x) * step);
+    } else {
+      t = std::nearbyint(static_cast<double>(T) - x * (static_cast<double>(T) / n)) - 1;
+    }
+    timesteps[static_cast<size_t>(i)] = t;
+  }
+  return timesteps;
+}
+
+const std::vector<double>& Scheduler::timesteps() const {
   Check(!timesteps_.empty(), "scheduler: call SetTimesteps first");
   return timesteps_;
 }
 
-size_t Scheduler::IndexOf(int64_t timestep) const {
-  const auto& list = timesteps();
-  const auto found = std::find(list.begin(), list.end(), timestep);
-  Check(found != list.end(),
-        "scheduler: timestep {} is not one of the {} of SetTimesteps ({} to {})", timestep,
-        list.size(), list.front(), list.back());
-  return static_cast<size_t>(found - list.begin());
+void Scheduler::CheckIndex(int64_t i) const {
+  Check(i >= 0 && i < size(), "scheduler: step {} is outside [0, {})", i, size());
 }
 
-void Scheduler::CheckStep(const Tensor& model_output, int64_t timestep, const Tensor& sample,
+int64_t Scheduler::TimestepAt(int64_t i) const {
+  CheckIndex(i);
+  return std::llrint(timesteps_[static_cast<size_t>(i)]);
+}
+
+Tensor Scheduler::ScaleModelInput(const Tensor& sample, int64_t i) const {
+  CheckIndex(i);
+  return sample;
+}
+
+Tensor Scheduler::AddNoise(const Tensor& sample, const Tensor& noise, int64_t i) const {
+  return noise_schedule_.AddNoise(sample, noise, Tensor::From({1}, std::vector{TimestepAt(i)}));
+}
+
+int64_t Scheduler::Follow(int64_t i) {
+  CheckIndex(i);
+  if (next_ < 0) first_ = next_ = i;
+  Check(
+      i == next_,
+      "scheduler: step {} was asked, but {} follows the last one; {} remembers earlier outputs, so "
+      "call SetTimesteps to start again",
+      i, next_, config_.type);
+  return next_++ - first_;
+}
+
+void Scheduler::CheckStep(const Tensor& model_output, int64_t i, const Tensor& sample,
                           const Tensor& noise) const {
   Check<ShapeError>(sample.defined() && sample.dtype() == DType::kF32 &&
                         sample.shape().rank() >= 2 && sample.elements() > 0,
@@ -74,19 +108,18 @@ void Scheduler::CheckStep(const Tensor& model_output, int64_t timestep, const Te
                     "scheduler: the model output is {}, the sample {}; they must be equal",
                     model_output.defined() ? ToString(model_output.type()) : "undefined",
                     sample.type());
-  if (NeedsNoise(timestep)) {
-    Check(noise.defined(), "scheduler: the step at timestep {} needs noise; see NeedsNoise",
-          timestep);
+  if (NeedsNoise(i)) {
+    Check(noise.defined(), "scheduler: step {} needs noise; see NeedsNoise", i);
     Check<ShapeError>(noise.type() == sample.type(), "scheduler: the noise is {}, the sample {}",
                       noise.type(), sample.type());
   } else {
-    Check(!noise.defined(), "scheduler: the step at timestep {} takes no noise; see NeedsNoise",
-          timestep);
+    Check(!noise.defined(), "scheduler: step {} takes no noise; see NeedsNoise", i);
   }
 }
 
-std::vector<double> Scheduler::PredictSample(const Tensor& model_output, int64_t timestep,
+std::vector<double> Scheduler::PredictSample(const Tensor& model_output, int64_t i,
                                              const Tensor& sample) const {
+  const int64_t timestep = TimestepAt(i);
   const double alpha_bar = noise_schedule_.AlphaBar(timestep);
   const double signal = std::sqrt(alpha_bar), noise = std::sqrt(1 - alpha_bar);
   double cx = 0, co = 0;  // x0 = cx x + co o
@@ -107,18 +140,18 @@ std::vector<double> Scheduler::PredictSample(const Tensor& model_output, int64_t
   }
   std::vector<double> x0(sample.elements());
   const float *x = sample.data(), *o = model_output.data();
-  for (size_t i = 0; i < x0.size(); ++i) x0[i] = cx * x[i] + co * o[i];
+  for (size_t k = 0; k < x0.size(); ++k) x0[k] = cx * x[k] + co * o[k];
   return x0;
 }
 
-void Scheduler::LimitSample(std::vector<double>& x0, int64_t batch) const {
+void Scheduler::LimitSample(std::span<double> x0, int64_t batch) const {
   if (config_.thresholding) {
     const size_t size = x0.size() / static_cast<size_t>(batch);
     for (auto first = x0.begin(); first != x0.end(); first += size) {
       std::vector<double> magnitudes(first, first + size);
       for (double& m : magnitudes) m = std::fabs(m);
       const double quantile = Quantile(std::move(magnitudes), config_.dynamic_thresholding_ratio);
-      const double s = std::clamp(quantile, 1.0, config_.sample_max_value);
+      const double s = std::min(std::max(quantile, 1.0), config_.sample_max_value);
       for (auto x = first; x != first + size; ++x) *x = std::clamp(*x, -s, s) / s;
     }
   } else if (config_.clip_sample) {
@@ -127,16 +160,55 @@ void Scheduler::LimitSample(std::vector<double>& x0, int64_t batch) const {
   }
 }
 
+Tensor LinearCombination(std::initializer_list<Term> terms) {
+  std::vector<double> sum;
+  Shape shape;
+  for (const Term& term : terms) {
+    if (!term.x.defined()) {
+      Check<InternalError>(term.factor == 0, "linear combination: a term is undefined");
+      continue;
+    }
+    if (sum.empty()) sum.resize(static_cast<size_t>(term.x.elements())), shape = term.x.shape();
+    Check<ShapeError>(term.x.shape() == shape, "scheduler: the tensors are {} and {}", shape,
+                      term.x.shape());
+    const float* x = term.x.data();
+    for (size_t i = 0; i < sum.size(); ++i) sum[i] += term.factor * x[i];
+  }
+  Tensor result(shape);
+  std::transform(sum.begin(), sum.end(), result.data(),
+                 [](double v) { return static_cast<float>(v); });
+  return result;
+}
+
+Tensor SliceChannels(const Tensor& x, int64_t first, int64_t count) {
+  const int64_t B = x.shape()[0], C = x.shape()[1], inner = x.elements() / (B * C);
+  Tensor y(x.shape().With(1, count));
+  for (int64_t b = 0; b < B; ++b) {
+    const float* source = x.data() + (b * C + first) * inner;
+    std::copy(source, source + count * inner, y.data() + b * count * inner);
+  }
+  return y;
+}
+
 std::unique_ptr<Scheduler> MakeScheduler(const SchedulerConfig& config,
                                          const SamplerOptions& options) {
-  if (config.type == "DDPMScheduler") {
-    Check(options.eta == 0, "DDPMScheduler: eta is {}, but only DDIM has it", options.eta);
-    Check(!options.use_clipped_model_output,
-          "DDPMScheduler: use_clipped_model_output is set, but only DDIM has it");
-    return std::make_unique<DdpmScheduler>(config);
-  }
   Validate(config);  // names an unsupported class
-  return std::make_unique<DdimScheduler>(config, options);
+  const SamplerOptions defaults;
+  const bool ddim = config.type == "DDIMScheduler", euler = config.type == "EulerDiscreteScheduler";
+  Check(ddim || options.eta == 0, "{}: eta is {}, but only DDIM has it", config.type, options.eta);
+  Check(ddim || !options.use_clipped_model_output,
+        "{}: use_clipped_model_output is set, but only DDIM has it", config.type);
+  Check(euler || (options.s_churn == 0 && options.s_tmin == 0 &&
+                  options.s_tmax == defaults.s_tmax && options.s_noise == 1),
+        "{}: s_churn, s_tmin, s_tmax or s_noise is set, but only EulerDiscreteScheduler has them",
+        config.type);
+  if (ddim) return std::make_unique<DdimScheduler>(config, options);
+  if (euler) return std::make_unique<EulerDiscreteScheduler>(config, options);
+  if (config.type == "DDPMScheduler") return std::make_unique<DdpmScheduler>(config);
+  if (config.type == "PNDMScheduler") return std::make_unique<PndmScheduler>(config);
+  if (config.type == "EulerAncestralDiscreteScheduler")
+    return std::make_unique<EulerAncestralDiscreteScheduler>(config);
+  return std::make_unique<DpmSolverMultistepScheduler>(config);
 }
 
 }  // namespace calotype

@@ -4,14 +4,19 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 namespace calotype {
 
+// Each field says which classes have it; for the others it has no meaning.
 struct SchedulerConfig {
-  std::string type = "DDIMScheduler";  // `_class_name`: DDIMScheduler or DDPMScheduler
+  // `_class_name`: DDIMScheduler, DDPMScheduler, PNDMScheduler, EulerDiscreteScheduler,
+  // EulerAncestralDiscreteScheduler or DPMSolverMultistepScheduler.
+  std::string type = "DDIMScheduler";
 
   // Noise schedule.
   int64_t num_train_timesteps = 1000;    // T, in [1, 1000000]
@@ -19,29 +24,65 @@ struct SchedulerConfig {
   double beta_end = 0.02;                // in (0, 1)
   std::string beta_schedule = "linear";  // linear, scaled_linear, squaredcos_cap_v2; DDPM: sigmoid
   std::vector<double> trained_betas;  // T numbers in (0, 1] that replace the schedule; empty: none
-  std::string prediction_type = "epsilon";  // epsilon, sample, v_prediction
+  std::string prediction_type = "epsilon";  // epsilon, v_prediction; not PNDM, Euler a: sample
   // Shift and scale the schedule so that alpha_bar of the last timestep is exactly 0 (Lin et al.
-  // 2023, arXiv:2305.08891, algorithm 1).
+  // 2023, arXiv:2305.08891, algorithm 1); 2^-24 for the Euler and DPM solvers. Not PNDM.
   bool rescale_betas_zero_snr = false;
 
-  // Sampling.
-  std::string timestep_spacing = "leading";  // leading, linspace, trailing
-  int64_t steps_offset = 0;                  // added to the timesteps of leading spacing; >= 0
-  bool clip_sample = true;                   // clip the predicted x0, unless thresholding is on
-  double clip_sample_range = 1;              // to [-range, range]; > 0
-  bool thresholding = false;  // dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, 2.3)
-  double dynamic_thresholding_ratio = 0.995;  // quantile of |x0| in a sample; in [0, 1]
-  double sample_max_value = 1;                // largest threshold; >= 1
-  // DDIM only: alpha_bar behind the last step is 1; otherwise that of timestep 0.
-  bool set_alpha_to_one = true;
-  // DDPM only: fixed_small, fixed_small_log, fixed_large, learned, learned_range.
-  std::string variance_type = "fixed_small";
+  // Timesteps.
+  // leading, linspace, trailing. Empty: the class's default, linspace for the Euler and DPM
+  // solvers, else leading.
+  std::string timestep_spacing = "";
+  int64_t steps_offset = 0;  // added to the timesteps of leading spacing; >= 0
+
+  // DDIM, DDPM: clip the predicted x0, unless thresholding is on, to [-range, range]; > 0.
+  bool clip_sample = true;
+  double clip_sample_range = 1;
+  // DDIM, DDPM, DPM: dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, 2.3) with this
+  // quantile of |x0| in a sample, in [0, 1], and the largest threshold, > 0.
+  bool thresholding = false;
+  double dynamic_thresholding_ratio = 0.995;
+  double sample_max_value = 1;
+  // DDIM (default true), PNDM (default false): alpha_bar behind the last step is 1; otherwise that
+  // of timestep 0.
+  std::optional<bool> set_alpha_to_one = std::nullopt;
+  // DDPM: fixed_small (the default), fixed_small_log, fixed_large, learned, learned_range. DPM:
+  // learned and learned_range mean that the second half of the output is a variance, not used.
+  std::string variance_type = "";
+  // PNDM: start with the linear multistep method, without the 12 Runge-Kutta calls.
+  bool skip_prk_steps = false;
+
+  // Euler: sigma of a timestep between two others, linear or log_linear; the timesteps that the
+  // model sees, discrete, or with v_prediction continuous: ln(sigma) / 4.
+  std::string interpolation_type = "linear";
+  std::string timestep_type = "discrete";
+  // Euler: ends of the karras and exponential spacings; none: those of the timesteps.
+  std::optional<double> sigma_min = std::nullopt, sigma_max = std::nullopt;
+  // Euler, DPM: at most one of them chooses another spacing of the noise levels. Lu: DPM only.
+  bool use_karras_sigmas = false;  // Karras et al. 2022, arXiv:2206.00364, equation 5, rho 7
+  bool use_exponential_sigmas = false;
+  bool use_lu_lambdas = false;
+  std::string final_sigmas_type = "zero";  // Euler, DPM: the last noise level, zero or sigma_min
+
+  // DPM.
+  int64_t solver_order = 2;  // 1, 2 or 3
+  // dpmsolver++, sde-dpmsolver++; with final_sigmas_type sigma_min also dpmsolver, sde-dpmsolver.
+  std::string algorithm_type = "dpmsolver++";
+  std::string solver_type = "midpoint";  // or heun; of the second order
+  bool lower_order_final = true;         // the last steps have a lower order if there are < 15
+  bool euler_at_final = false;           // the last step has order 1
+  // Timesteps with a smaller ln(alpha / sigma) are left out.
+  double lambda_min_clipped = -std::numeric_limits<double>::infinity();
 
   bool operator==(const SchedulerConfig&) const = default;
 };
 
-// Checks every field. Errors: ValueError naming the field, its value and what is allowed;
-// UnsupportedError for what diffusers has and Calotype has not.
+// The config that the class sees: fields that it does not have are at their defaults, and fields
+// whose default depends on the class are set.
+SchedulerConfig Resolved(const SchedulerConfig& config);
+
+// Checks every field that the class has. Errors: ValueError naming the field, its value and what is
+// allowed; UnsupportedError for what diffusers has and Calotype has not.
 void Validate(const SchedulerConfig& config);
 
 // Reads the text of a scheduler_config.json. A missing field takes its default. Fields of other
@@ -53,7 +94,7 @@ void Validate(const SchedulerConfig& config);
 SchedulerConfig ParseSchedulerConfig(std::string_view json, std::string_view type = {});
 
 // The text of a scheduler_config.json that diffusers reads: keys sorted, two spaces, final newline;
-// exactly the fields that the class has. ParseSchedulerConfig gives the same config back.
+// exactly the fields that the class has. ParseSchedulerConfig gives Resolved(config) back.
 std::string ToJson(const SchedulerConfig& config);
 
 }  // namespace calotype

@@ -43,7 +43,7 @@ ComputationGraph UNetGraph(DiffusionModel& model, int64_t batch, int64_t side) {
   if (side == 0) side = model.side();
   ComputationGraph graph;
   Value sample = graph.Input("sample", Shape{batch, model.channels(), side, side});
-  Value timestep = graph.Input("timestep", {DType::kI64, {batch}});
+  Value timestep = graph.Input("timestep", Shape{batch});
   Value context = graph.Input("encoder_hidden_states",
                               Shape{batch, model.caption_tokens(), model.context_width()});
   graph.Output("out", model.Denoise(sample, timestep, context));

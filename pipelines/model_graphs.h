@@ -16,8 +16,8 @@ namespace calotype {
 
 // Input tokens i64 [batch, L]; output context.
 ComputationGraph EncoderGraph(DiffusionModel& model, int64_t batch);
-// Inputs sample [batch, C, side, side], timestep i64 [batch], encoder_hidden_states [batch, L, D];
-// output out. side 0: the model's.
+// Inputs sample [batch, C, side, side], timestep f32 [batch] (samplers stop between timesteps),
+// encoder_hidden_states [batch, L, D]; output out. side 0: the model's.
 ComputationGraph UNetGraph(DiffusionModel& model, int64_t batch, int64_t side = 0);
 // Inputs images, noise [batch, C, side, side], timesteps i64 [batch], tokens i64 [batch, L].
 // Outputs loss: how well the prediction for the noisy pictures meets the schedule's target; and,

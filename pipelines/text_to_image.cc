@@ -1,13 +1,15 @@
 #include "pipelines/text_to_image.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cmath>
 #include <cstring>
 
 #include "core/random.h"
+#include "core/torch_random.h"
 #include "diffusion/guidance.h"
+#include "diffusion/sampler_names.h"
 #include "diffusion/scheduler.h"
+#include "jit/compile.h"
 #include "pipelines/model_graphs.h"
 
 namespace calotype {
@@ -21,6 +23,21 @@ Tensor Rows(const Tensor& x, int64_t begin, int64_t end) {
               static_cast<size_t>(rows.bytes()));
   return rows;
 }
+
+// The noise of one picture.
+class NoiseStream {
+ public:
+  NoiseStream(const std::string& rng, uint64_t seed)
+      : torch_(rng == "torch"), random_(seed, "generate"), torch_random_(seed) {}
+  Tensor Normal(const Shape& shape) {
+    return torch_ ? torch_random_.NormalTensor(shape) : random_.NormalTensor(shape);
+  }
+
+ private:
+  bool torch_;
+  Random random_;
+  TorchRandom torch_random_;
+};
 
 // [a; b] along the first axis.
 Tensor Stack(const Tensor& a, const Tensor& b) {
@@ -40,8 +57,15 @@ void Check(const GenerateOptions& o) {
       o.negative_prompt.empty() || o.guidance_scale > 1,
       "generate: a negative prompt has no effect without a guidance_scale above 1 (it is {})",
       o.guidance_scale);
-  calotype::Check(o.sampler == "ddim" || o.sampler == "ddpm",
-                  "generate: sampler `{}` is unknown; there are ddim and ddpm", o.sampler);
+  calotype::Check(o.guidance_rescale >= 0 && o.guidance_rescale <= 1,
+                  "generate: guidance_rescale is {}, must be in [0, 1]", o.guidance_rescale);
+  calotype::Check(
+      o.guidance_rescale == 0 || o.guidance_scale > 1,
+      "generate: guidance_rescale has no effect without a guidance_scale above 1 (it is {})",
+      o.guidance_scale);
+  WithSampler({}, o.sampler);  // names an unknown one
+  calotype::Check(o.rng == "philox" || o.rng == "torch",
+                  "generate: rng `{}` is unknown; there are philox and torch", o.rng);
   calotype::Check(o.side >= 0 && o.side <= 4096,
                   "generate: a side of {} pixels, must be in [1, 4096]", o.side);
   calotype::Check(o.batch_size >= 1, "generate: the batch size is {}, must be at least 1",
@@ -73,7 +97,10 @@ GraphRunner& TextToImagePipeline::Encoder(int64_t batch) {
 GraphRunner& TextToImagePipeline::UNet(int64_t batch, int64_t side) {
   auto& unet = unets_[{batch, side}];
   if (!unet) {
-    unet = std::make_unique<GraphRunner>(UNetGraph(model_, batch, side), backend_);
+    // The context is the same in all steps.
+    unet = std::make_unique<GraphRunner>(
+        UNetGraph(model_, batch, side), backend_,
+        jit::CompileOptions{.rare_inputs = {"encoder_hidden_states"}});
     compile_seconds_ += unet->compile_seconds();
   }
   return *unet;
@@ -86,9 +113,9 @@ Tensor TextToImagePipeline::Generate(const GenerateOptions& options,
   Tensor pictures;
   size_t count = options.prompts.size(), batch = static_cast<size_t>(options.batch_size);
   int64_t batches = static_cast<int64_t>((count + batch - 1) / batch), done = 0;
-  auto tick = [&] {
+  auto tick = [&](int64_t calls) {
     ++done;
-    if (callbacks.progress) callbacks.progress(done, batches * options.steps);
+    if (callbacks.progress) callbacks.progress(done, batches * calls);
   };
   for (size_t begin = 0; begin < count; begin += batch) {
     size_t end = std::min(count, begin + batch);
@@ -105,11 +132,11 @@ Tensor TextToImagePipeline::Generate(const GenerateOptions& options,
 }
 
 Tensor TextToImagePipeline::GenerateBatch(const GenerateOptions& options, size_t begin, size_t end,
-                                          const Tensor& tokens, const std::function<void()>& count,
+                                          const Tensor& tokens,
+                                          const std::function<void(int64_t)>& count,
                                           const GenerateCallbacks& callbacks) {
-  SchedulerConfig config = model_.scheduler();
-  config.type = options.sampler == "ddim" ? "DDIMScheduler" : "DDPMScheduler";
-  auto scheduler = MakeScheduler(config, {.eta = options.eta});
+  auto scheduler =
+      MakeScheduler(WithSampler(model_.scheduler(), options.sampler), {.eta = options.eta});
   scheduler->SetTimesteps(options.steps);
   Guidance guidance{options.guidance_scale, options.guidance_rescale};
   auto size = static_cast<int64_t>(end - begin);
@@ -126,40 +153,47 @@ Tensor TextToImagePipeline::GenerateBatch(const GenerateOptions& options, size_t
   GraphRunner& unet = UNet(batch, side);
 
   // Each picture draws its noise from its own stream.
-  std::vector<Random> streams;
-  for (size_t i = begin; i < end; ++i) streams.emplace_back(options.seeds[i], "generate");
+  std::vector<NoiseStream> streams;
+  for (size_t i = begin; i < end; ++i) streams.emplace_back(options.rng, options.seeds[i]);
   auto noise = [&] {
     Tensor result;
-    for (Random& stream : streams) {
-      Tensor one = stream.NormalTensor(picture);
+    for (NoiseStream& stream : streams) {
+      Tensor one = stream.Normal(picture);
       result = result.defined() ? Stack(result, one) : one;
     }
     return result;
   };
-  Tensor x = noise(), timesteps({batch}, DType::kI64);
-  for (int64_t t : scheduler->timesteps()) {
+  Tensor x = LinearCombination({{scheduler->init_noise_sigma(), noise()}});
+  for (int64_t i = 0; i < scheduler->size(); ++i) {
     calotype::Check<CancelledError>(!callbacks.cancelled || !callbacks.cancelled(),
                                     "sampling was cancelled");
-    std::fill_n(timesteps.data<int64_t>(), batch, t);
-    Tensor output =
-        unet.Run(std::vector{guidance.active() ? Stack(x, x) : x, timesteps, context})[0];
+    Tensor input = scheduler->ScaleModelInput(x, i);
+    Tensor timesteps = Tensor::Full({batch}, static_cast<float>(scheduler->timesteps()[i]));
+    Tensor output = unet.Run(
+        std::vector{guidance.active() ? Stack(input, input) : input, timesteps, context})[0];
     if (guidance.active()) output = guidance.Apply(output);
-    x = scheduler->Step(output, t, x, scheduler->NeedsNoise(t) ? noise() : Tensor());
-    count();
+    x = scheduler->Step(output, i, x, scheduler->NeedsNoise(i) ? noise() : Tensor());
+    count(scheduler->size());
   }
   return x;
 }
 
+int64_t TextToImagePipeline::context_runs() const {
+  int64_t runs = 0;
+  for (const auto& [key, unet] : unets_) {
+    if (unet->compiled()) runs += unet->compiled()->Stats().derivations;
+  }
+  return runs;
+}
+
 std::string GenerationParameters(const GenerateOptions& o, size_t index, int64_t side) {
-  std::string sampler = o.sampler;
-  std::transform(sampler.begin(), sampler.end(), sampler.begin(),
-                 [](unsigned char c) { return std::toupper(c); });
   std::string text = o.prompts[index] + "\n";
   if (!o.negative_prompt.empty()) text += "Negative prompt: " + o.negative_prompt + "\n";
   return text +
          fmt::format(
              "Steps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, Version: calotype {}",
-             o.steps, sampler, o.guidance_scale, o.seeds[index], side, side, CALOTYPE_VERSION);
+             o.steps, SamplerTitle(WithSampler({}, o.sampler)), o.guidance_scale, o.seeds[index],
+             side, side, CALOTYPE_VERSION);
 }
 
 }  // namespace calotype

@@ -25,8 +25,9 @@ struct GenerateOptions {
   int64_t steps = 25;
   double guidance_scale = 1;  // 1: the prompt alone
   double guidance_rescale = 0;
-  std::string sampler = "ddim";  // or ddpm
+  std::string sampler = "ddim";  // see WithSampler
   double eta = 0;                // noise of DDIM's steps
+  std::string rng = "philox";    // or torch: PyTorch's numbers of the seed, see TorchRandom
   int64_t side = 0;              // width and height; 0: the model's
   int64_t batch_size = 64;       // pictures computed together
 };
@@ -52,10 +53,13 @@ class TextToImagePipeline {
 
   DiffusionModel& model() { return model_; }
   double compile_seconds() const { return compile_seconds_; }  // so far
+  // How often compiled code has computed what the prompts alone decide (keys and values of the
+  // cross-attention): once for each batch of pictures, not for each step. 0 for eager.
+  int64_t context_runs() const;
 
  private:
   Tensor GenerateBatch(const GenerateOptions& options, size_t begin, size_t end,
-                       const Tensor& tokens, const std::function<void()>& count,
+                       const Tensor& tokens, const std::function<void(int64_t)>& count,
                        const GenerateCallbacks& callbacks);
   GraphRunner& Encoder(int64_t batch);
   GraphRunner& UNet(int64_t batch, int64_t side);

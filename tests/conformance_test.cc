@@ -468,17 +468,21 @@ SchedulerConfig SchedulerOf(const Case& c, const std::string& type) {
 
 // The deterministic run with the stand-in model of the notes, which the back end computes.
 void RunScheduler(const Case& c, Backend backend, Worst& worst) {
-  std::string type = c.config.at("type");
-  if (type != "DDIMScheduler" && type != "DDPMScheduler") throw Unsupported{"scheduler " + type};
-  auto scheduler = MakeScheduler(SchedulerOf(c, type));
-  int64_t steps = c.document.at("steps");
-  scheduler->SetTimesteps(steps);
-  std::vector<double> timesteps(scheduler->timesteps().begin(), scheduler->timesteps().end());
-  worst.Compare("output.timesteps", Tensor::From({steps}, timesteps), c.At("output.timesteps"), 0);
+  auto scheduler = MakeScheduler(SchedulerOf(c, c.config.at("type")));
+  scheduler->SetTimesteps(c.document.at("steps"));
+  int64_t calls = scheduler->size();
+  worst.Compare("output.timesteps", Tensor::From({calls}, scheduler->timesteps()),
+                c.At("output.timesteps"), 0);
   auto alphas = scheduler->noise_schedule().alphas_cumprod();
   worst.Compare("output.alphas_cumprod",
                 Tensor::From({static_cast<int64_t>(alphas.size())}, alphas),
                 c.At("output.alphas_cumprod"), kSchedulerTolerance);
+  auto sigmas = scheduler->sigmas();
+  ASSERT_EQ(c.tensors.count("output.sigmas"), sigmas.empty() ? 0u : 1u);
+  if (!sigmas.empty()) {
+    worst.Compare("output.sigmas", Tensor::From({static_cast<int64_t>(sigmas.size())}, sigmas),
+                  c.At("output.sigmas"), kSchedulerTolerance);
+  }
 
   Tensor x = c.At("output.initial");
   const Tensor& weight = c.At("input.model_weight");
@@ -490,22 +494,20 @@ void RunScheduler(const Case& c, Backend backend, Worst& worst) {
     graph.Output("out", 0.9f * Tanh(Reshape(MatMul(w, pixels), x.shape())) + offset);
   }
   GraphRunner model(std::move(graph), backend);
-  for (int64_t i = 0; i < steps; ++i) {
-    int64_t t = scheduler->timesteps()[static_cast<size_t>(i)];
-    std::vector<Tensor> inputs{
-        weight, x, Tensor::Scalar(static_cast<float>(0.001 * static_cast<double>(t) / 1000))};
+  for (int64_t i = 0; i < calls; ++i) {
+    double t = scheduler->timesteps()[static_cast<size_t>(i)];
+    std::vector<Tensor> inputs{weight, scheduler->ScaleModelInput(x, i),
+                               Tensor::Scalar(static_cast<float>(0.001 * t / 1000))};
     Tensor model_output = model.Run(inputs)[0];
-    x = scheduler->Step(model_output, t, x,
-                        scheduler->NeedsNoise(t) ? Tensor::Zeros(x.shape()) : Tensor());
+    x = scheduler->Step(model_output, i, x,
+                        scheduler->NeedsNoise(i) ? Tensor::Zeros(x.shape()) : Tensor());
     std::string name = fmt::format("output.step_{:03}", i);
     worst.Compare(name, x, c.At(name), kSchedulerTolerance * Largest(c.At(name)));
   }
 }
 
 void RunAddNoise(const Case& c, Backend backend, Worst& worst) {
-  std::string type = c.config.at("type");
-  if (type != "DDIMScheduler" && type != "DDPMScheduler") throw Unsupported{"scheduler " + type};
-  NoiseSchedule schedule(SchedulerOf(c, type));
+  NoiseSchedule schedule(SchedulerOf(c, c.config.at("type")));
   const Tensor &sample = c.At("input.sample"), &noise = c.At("input.noise"),
                &timesteps = c.At("input.timesteps");
   const Tensor &noisy = c.At("output.noisy"), &velocity = c.At("output.velocity");

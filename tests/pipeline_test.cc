@@ -401,7 +401,7 @@ TEST_F(PipelineTest, AModelFolderHoldsTheModel) {
   for (const auto& [name, tensor] : a) EXPECT_TRUE(SameBits(tensor, b.at(name))) << name;
   EXPECT_EQ(loaded->unet().config(), model->unet().config());
   EXPECT_EQ(loaded->encoder().config(), model->encoder().config());
-  EXPECT_EQ(loaded->scheduler(), model->scheduler());
+  EXPECT_EQ(loaded->scheduler(), Resolved(model->scheduler()));
   // Saving what was loaded gives the same bytes.
   loaded->Save(Folder("again"));
   for (const char* file : {"unet/config.json", "unet/diffusion_pytorch_model.safetensors",
@@ -520,7 +520,8 @@ TEST_F(PipelineTest, BadOptionsAndCancelling) {
     return ErrorOf<ValueError>([&] { pipeline.Generate(options); });
   };
   EXPECT_THAT(generate([](GenerateOptions& o) { o.steps = 0; }), HasSubstr("0"));
-  EXPECT_THAT(generate([](GenerateOptions& o) { o.sampler = "euler"; }), HasSubstr("euler"));
+  EXPECT_THAT(generate([](GenerateOptions& o) { o.sampler = "heun"; }), HasSubstr("heun"));
+  EXPECT_THAT(generate([](GenerateOptions& o) { o.rng = "dice"; }), HasSubstr("dice"));
   EXPECT_THAT(generate([](GenerateOptions& o) { o.eta = 2; }), HasSubstr("eta"));
   EXPECT_THAT(generate([](GenerateOptions& o) { o.negative_prompt = "blue"; }),
               HasSubstr("guidance_scale"));
