@@ -52,6 +52,7 @@ class Bench {
   }
   void Finish() {
     Check(!report_.rows.empty(), "bench: no row contains \"{}\" (--only)", command_.only);
+    fmt::print("{}", PeakText(report_));
     if (!command_.json.empty()) WriteFile(command_.json, ToJson(report_));
     if (!command_.trace.empty()) WriteFile(command_.trace, ToTrace(report_));
   }
@@ -61,6 +62,7 @@ class Bench {
   void Add(const char* what, const std::string& name, int64_t batch, const F& compare) {
     BenchRow row{what, name, batch, {}};
     if ((row.what + " " + name).find(command_.only) == std::string::npos) return;
+    KeepFastest(report_.peaks, MeasureFmaPeak(0.02));
     row.comparison = compare();
     fmt::print("{}", RowText(report_, row));
     if (command_.profile) fmt::print("{}", ProfileText(report_, row));

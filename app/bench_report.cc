@@ -71,25 +71,28 @@ Json RowJson(const BenchReport& report, const BenchRow& row) {
 
 }  // namespace
 
-std::string HeadText(const BenchReport& report) {
-  std::string text =
-      fmt::format("{}, {} threads\nFMA peak in GFLOP/s:",
-                  report.processor.empty() ? "processor" : report.processor, report.threads);
+std::string PeakText(const BenchReport& report) {
+  std::string text = "FMA peak in GFLOP/s, threads x floats in a vector:";
   for (const FmaPeak& peak : report.peaks) {
     text += fmt::format(" {}x{}{} {:.1f}", peak.threads, peak.width, peak.fused ? "" : " (no FMA)",
                         peak.gflops);
   }
-  return text + fmt::format(
-                    " (threads x floats in a vector)\n{:<40} {:>5} {:>10} {:>10} {:>6} "
-                    "{:>10} {:>10} {:>8} {:>6} {:>10} {:>9}\n",
-                    "fastest of alternating calls", "batch", "eager ms", "jit ms", "ratio",
-                    "eager CPU", "jit CPU", "GFLOP/s", "% peak", "difference", "compile s");
+  return text + "\n";
+}
+
+std::string HeadText(const BenchReport& report) {
+  return fmt::format(
+      "{}, {} threads\n{}{:<42} {:>5} {:>10} {:>10} {:>6} {:>10} {:>10} {:>8} {:>6} "
+      "{:>10} {:>9}\n",
+      report.processor.empty() ? "processor" : report.processor, report.threads, PeakText(report),
+      "fastest of alternating calls", "batch", "eager ms", "jit ms", "ratio", "eager CPU",
+      "jit CPU", "GFLOP/s", "% peak", "difference", "compile s");
 }
 
 std::string RowText(const BenchReport& report, const BenchRow& row) {
   const Comparison& c = row.comparison;
   return fmt::format(
-      "{:<40} {:>5} {:>10.3f} {:>10.3f} {:>6.2f} {:>10.3f} {:>10.3f} {} {:>10.1e} {:>9.2f}\n",
+      "{:<42} {:>5} {:>10.3f} {:>10.3f} {:>6.2f} {:>10.3f} {:>10.3f} {} {:>10.1e} {:>9.2f}\n",
       row.what + " " + row.name, row.batch, c.eager_ms, c.jit_ms, c.eager_ms / c.jit_ms,
       c.eager_cpu_ms, c.jit_cpu_ms, RateText(c.flop, c.jit_ms, report.peak()), c.max_rel_difference,
       c.compile_seconds);

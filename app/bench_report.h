@@ -27,6 +27,8 @@ struct BenchReport {
   double peak() const { return LargestPeak(peaks, threads); }  // GFLOP/s of the threads in use
 };
 
+// The line of peaks.
+std::string PeakText(const BenchReport& report);
 // The lines before the first row: machine, peaks, column names.
 std::string HeadText(const BenchReport& report);
 std::string RowText(const BenchReport& report, const BenchRow& row);

@@ -18,6 +18,9 @@ struct FmaPeak {
 // that HostIsa() allows, on one thread and on Threads(), narrowest first; the fastest stretch
 // counts.
 std::vector<FmaPeak> MeasureFmaPeak(double seconds = 0.1);
+// Takes over what `again`, a later measurement by the same process, found faster: other work on the
+// machine only slows.
+void KeepFastest(std::vector<FmaPeak>& peaks, const std::vector<FmaPeak>& again);
 // The largest of them on `threads` threads; 0 if that count was not measured.
 double LargestPeak(const std::vector<FmaPeak>& peaks, int threads);
 

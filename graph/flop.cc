@@ -1,5 +1,7 @@
 #include "graph/flop.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 
 #include "graph/op.h"
@@ -40,13 +42,13 @@ double NodeFlop(const ComputationGraph& graph, const ComputationNode& node) {
   ComputationGraph definition;
   std::vector<Value> inputs;
   for (size_t i = 0; i < node.inputs.size(); ++i) {
-    inputs.push_back(definition.Input("x" + std::to_string(i), input(i)));
+    inputs.push_back(definition.Input(fmt::format("x{}", i), input(i)));
   }
   ComputationNode copy = node;
   bool causal = op.starts_with("Attention") && node.attrs.Int("causal");
   if (causal) copy.attrs.Set("causal", int64_t{0});
   for (Value y : node.op->decompose(definition, copy, inputs)) {
-    if (y.defined()) definition.Output("y" + std::to_string(definition.outputs().size()), y);
+    if (y.defined()) definition.Output(fmt::format("y{}", definition.outputs().size()), y);
   }
   double flop = CountFlop(definition);
   return causal ? flop * VisibleShare(input(0).shape[1], input(1).shape[1]) : flop;
