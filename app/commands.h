@@ -4,6 +4,7 @@
 
 #include <CLI/CLI.hpp>
 #include <functional>
+#include <string>
 
 namespace calotype::app {
 
@@ -11,6 +12,14 @@ struct Selected {
   std::function<void()> run;
   bool quiet = false;
 };
+
+// For unsigned options: CLI11 would take -1 for the largest number.
+inline CLI::Validator NotNegative() {
+  return {[](std::string& text) {
+            return text.rfind('-', 0) == 0 ? text + " is negative" : std::string();
+          },
+          ""};
+}
 
 void AddDemo(CLI::App& app, Selected& selected);
 void AddTrain(CLI::App& app, Selected& selected);

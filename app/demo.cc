@@ -25,11 +25,14 @@ void AddDemo(CLI::App& app, Selected& selected) {
                    "Of training: eager, or jit; pictures are drawn by compiled code")
       ->capture_default_str();
   command->add_option("-s,--seed", options->seed, "Seed of everything random")
-      ->capture_default_str();
+      ->capture_default_str()
+      ->check(NotNegative());
   command
       ->add_option("--steps,--max-train-steps", options->steps,
                    "Training steps; 0: 1000, with sgd 400")
       ->capture_default_str();
+  command->add_flag("--resume", options->resume,
+                    "Continue an interrupted demo; train_seconds then counts this part only");
   command
       ->add_option("--sampling-steps,--num-inference-steps", options->sampling_steps,
                    "Sampling steps")

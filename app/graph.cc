@@ -68,7 +68,9 @@ void AddGraph(CLI::App& app, Selected& selected) {
       ->add_option("--format", command->format,
                    "text, optimized (after the passes), dot, or lowered (regions)")
       ->capture_default_str();
-  graph->add_option("--batch,--batch-size", command->batch, "Batch size")->capture_default_str();
+  graph->add_option("--batch,--batch-size", command->batch, "Batch size")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 65536));
   graph->callback([command, &selected] { selected.run = [command] { Run(*command); }; });
 }
 

@@ -89,7 +89,8 @@ void AddSample(CLI::App& app, Selected& selected) {
       ->capture_default_str();
   sample
       ->add_option("-s,--seed", command->seed, "Seed of the first picture; the next ones count up")
-      ->capture_default_str();
+      ->capture_default_str()
+      ->check(NotNegative());
   sample
       ->add_option("--rng", options.rng,
                    "Noise of a seed: philox, or torch for the numbers that PyTorch draws")

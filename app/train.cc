@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <set>
+#include <type_traits>
 
 #include "app/commands.h"
 #include "app/progress.h"
@@ -38,6 +39,26 @@ struct Command {
   std::map<std::string, CLI::Option*> given;
 };
 
+// Errors: ValueError for an option that was given although it changes nothing.
+void CheckEffect(const Command& command, const TrainOptions& o) {
+  const std::string optimizer = "--optimizer " + o.optimizer;
+  const bool sgd = o.optimizer == "sgd";
+  struct Rule {
+    const char* field;
+    bool has_effect;
+    std::string because;
+  };
+  for (const Rule& rule :
+       {Rule{"momentum", sgd, optimizer}, Rule{"adam_beta1", !sgd, optimizer},
+        Rule{"adam_beta2", !sgd, optimizer}, Rule{"adam_epsilon", !sgd, optimizer},
+        Rule{"validation_steps", o.validation_fraction > 0, "--validation-fraction 0"},
+        Rule{"validation_prompt", o.sample_steps > 0, "--sample-steps 0"}}) {
+    Check(rule.has_effect || command.given.at(rule.field)->count() == 0,
+          "train: {} has no effect with {}", command.given.at(rule.field)->get_name(),
+          rule.because);
+  }
+}
+
 void Run(Command& command, bool quiet) {
   ProgressBar bar("train", quiet);
   TrainCallbacks callbacks = ShowTraining(bar);
@@ -51,6 +72,8 @@ void Run(Command& command, bool quiet) {
     std::filesystem::path stored = command.folder / "train.json";
     options = MergeForResume(ParseTrainOptions(ReadFile(stored), stored), options, chosen);
   }
+  Validate(options);
+  CheckEffect(command, options);
   auto warn = [&](const std::string& text) { callbacks.message("warning: " + text); };
   auto data = OpenDataset(options, warn);
   auto model = MakeModel(options, *data);
@@ -92,9 +115,11 @@ void AddTrain(CLI::App& app, Selected& selected) {
     std::string flag = "--" + std::string(name);
     std::replace(flag.begin(), flag.end(), '_', '-');
     auto alias = kAliases.find(name);
-    command->given[name] =
+    CLI::Option* option =
         train->add_option(flag + (alias == kAliases.end() ? "" : alias->second), field, help)
             ->capture_default_str();
+    if (std::is_unsigned_v<std::decay_t<decltype(field)>>) option->check(NotNegative());
+    command->given[name] = option;
   });
   train->callback([command, &selected] {
     selected.run = [command, &selected] { Run(*command, selected.quiet); };

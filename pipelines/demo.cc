@@ -65,7 +65,7 @@ DemoSummary RunDemo(const DemoOptions& options, const DemoCallbacks& callbacks) 
     auto data = OpenDataset(train, callbacks.training.message);
     auto model = MakeModel(train, *data);
     summary.training =
-        Trainer(*model, *data, train, options.folder, false, callbacks.training).Run();
+        Trainer(*model, *data, train, options.folder, options.resume, callbacks.training).Run();
   }
 
   // From here on only what lies in the folder counts.

@@ -17,6 +17,7 @@ struct DemoOptions {
   std::filesystem::path folder = "demo";
   std::string optimizer = "adamw";  // or sgd: plain settings, judged by the loss
   std::string backend = "eager";    // of training; pictures are drawn by compiled code
+  bool resume = false;  // continue the run in the folder; training.seconds counts this part only
   uint64_t seed = 0;
   int64_t steps = 0;              // 0: 1000, or 400 with sgd
   int64_t seeds_per_caption = 4;  // pictures of each of the 96 captions

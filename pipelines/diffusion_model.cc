@@ -87,9 +87,9 @@ std::unique_ptr<DiffusionModel> DiffusionModel::Load(const fs::path& folder) {
            scheduler = folder / "scheduler" / "scheduler_config.json",
            encoder = folder / "caption_encoder" / "config.json";
   auto document = nlohmann::json::parse(ReadText(index), nullptr, false);
-  Check<FileError>(document.is_object() && document.value("_class_name", "") == "CalotypePipeline",
-                   "{}: not the index of a Calotype model (_class_name CalotypePipeline)",
-                   index.string());
+  Check<FileError>(
+      document.is_object() && document.value("_class_name", nlohmann::json()) == "CalotypePipeline",
+      "{}: not the index of a Calotype model (_class_name CalotypePipeline)", index.string());
   auto unet_config = ReadUNetConfig(folder / "unet" / "config.json");
   auto encoder_config =
       InFile(encoder, [&] { return CaptionEncoderConfig::FromJson(ReadText(encoder)); });

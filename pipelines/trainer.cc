@@ -49,6 +49,12 @@ class AveragedWeights {
   Ema* ema_;
 };
 
+void MakeFolder(const fs::path& folder) {
+  std::error_code error;
+  fs::create_directories(folder, error);
+  Check<FileError>(!error, "{}: cannot make the folder: {}", folder.string(), error.message());
+}
+
 // Holds `folder` for this process as long as the result lives. Errors: FileError if another one
 // does.
 std::shared_ptr<void> LockFolder(const fs::path& folder) {
@@ -106,6 +112,11 @@ std::vector<Tensor> InputsOf(const Batch& batch) {
 
 }  // namespace
 
+bool HoldsRun(const fs::path& folder) {
+  std::error_code ignored;  // a folder that cannot be looked into is an error where it is written
+  return fs::exists(folder / "train.json", ignored);
+}
+
 Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions& options,
                  fs::path folder, bool resume, TrainCallbacks callbacks)
     : model_(model),
@@ -117,7 +128,12 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
       schedule_(model.scheduler()),
       batches_(data, CaptionTokens(model, data), BatchOptions(options)),
       rate_(RateOf(options)) {
-  rate_.At(0);  // a bad schedule is an error before the folder is made
+  // A bad schedule or prompt is an error before the folder is made, not in the middle of the run.
+  rate_.At(0);
+  if (options_.sample_steps > 0) {
+    model_.Tokens(std::vector{options_.validation_prompt},
+                  [&](const std::string& text) { Message("warning: " + text); });
+  }
   Check(data.side() == model.side(), "training: the pictures have {} pixels a side, the model {}",
         data.side(), model.side());
   optimizer_ = std::make_unique<Optimizer>(RuleOf(options_), model_.NamedParameters(),
@@ -125,17 +141,14 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
   if (options_.ema_decay > 0)
     ema_ = std::make_unique<Ema>(EmaOptions{.decay = options_.ema_decay}, model_.NamedParameters());
   if (resume) {
-    Check<FileError>(fs::exists(folder_ / "train.json"), "{}: there is no run to resume",
-                     folder_.string());
+    Check<FileError>(HoldsRun(folder_), "{}: there is no run to resume", folder_.string());
     lock_ = LockFolder(folder_);
     Resume();
   } else {
-    Check(!fs::exists(folder_ / "train.json"),
+    Check(!HoldsRun(folder_),
           "{} already holds a run; continue it with --resume, or choose another folder",
           folder_.string());
-    std::error_code error;
-    fs::create_directories(folder_ / "checkpoints", error);
-    Check<FileError>(!error, "{}: cannot make the folder: {}", folder_.string(), error.message());
+    MakeFolder(folder_ / "checkpoints");
     lock_ = LockFolder(folder_);
     WriteFile(folder_ / "train.json", ToJson(options_));
   }
@@ -206,7 +219,8 @@ void Trainer::OpenMetrics() {
       auto line =
           ordered_json::parse(text.begin() + static_cast<std::ptrdiff_t>(begin),
                               text.begin() + static_cast<std::ptrdiff_t>(end), nullptr, false);
-      if (line.is_object() && line.value("step", int64_t{0}) <= first_step_)
+      bool whole = line.is_object() && line.contains("step") && line["step"].is_number_integer();
+      if (whole && line["step"].get<int64_t>() <= first_step_)
         kept += text.substr(begin, end + 1 - begin);
       begin = end + 1;
     }
@@ -232,6 +246,12 @@ Trainer::StepResult Trainer::Step() {
   }
   std::vector<Tensor> outputs = runner_->Run(inputs);
   return {outputs[0].Item(), outputs[1].Item(), rate};
+}
+
+std::string Trainer::LastCheckpoint() const {
+  std::vector<int64_t> steps = ListCheckpoints(folder_ / "checkpoints");
+  return steps.empty() ? "there is no checkpoint yet"
+                       : fmt::format("the checkpoint of step {} is kept", steps.back());
 }
 
 double Trainer::MeanLoss() const {
@@ -280,10 +300,9 @@ TrainResult Trainer::Run() {
     StepResult step = Step();
     Check<NumericError>(std::isfinite(step.loss) && std::isfinite(step.gradient_norm),
                         "training: {} at step {} is not finite; stopped before it changed the "
-                        "weights, the last good checkpoint is "
-                        "kept. A lower learning rate than {} may help",
+                        "weights, {}. A lower learning rate than {} may help",
                         std::isfinite(step.loss) ? "the gradient" : "the loss", step_ + 1,
-                        step.learning_rate);
+                        LastCheckpoint(), step.learning_rate);
     ++step_;
     recent_losses_.push_back(step.loss);
     if (recent_losses_.size() > kMeanSteps) recent_losses_.erase(recent_losses_.begin());
@@ -372,7 +391,7 @@ void Trainer::WriteSamples() {
   for (size_t i = 0; i < pictures.size(); ++i)
     text += GenerationParameters(options, i, model_.side()) + "\n";
   std::vector<PngText> chunks{{"parameters", text}};
-  fs::create_directories(folder_ / "samples");
+  MakeFolder(folder_ / "samples");
   WritePng(folder_ / "samples" / fmt::format("step-{:08}.png", step_), ImageGrid(pictures, 4),
            chunks);
 }

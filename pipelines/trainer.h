@@ -55,6 +55,9 @@ struct TrainResult {
   double seconds = 0, compile_seconds = 0;
 };
 
+// True if `folder` holds a run, finished or not.
+bool HoldsRun(const std::filesystem::path& folder);
+
 class Trainer {
  public:
   // Starts a run in `folder`, which is made. Keeps references to model and data. Errors: ValueError
@@ -86,6 +89,7 @@ class Trainer {
   void OpenMetrics();
   void Message(const std::string& text) const;
   double MeanLoss() const;
+  std::string LastCheckpoint() const;  // for messages
 
   DiffusionModel& model_;
   const Dataset& data_;

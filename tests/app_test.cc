@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <filesystem>
-#include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <thread>
 
 #include "io/checkpoint.h"
@@ -24,11 +26,12 @@ namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::json;
+using test::ProgramResult;
+using test::ReadText;
+using test::TempFolder;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
-using testing::ProgramResult;
-using testing::ReadText;
 
 std::vector<std::string> Program(std::vector<std::string> arguments) {
   arguments.insert(arguments.begin(), std::string(CALOTYPE_BIN_DIR) + "/calotype");
@@ -36,12 +39,12 @@ std::vector<std::string> Program(std::vector<std::string> arguments) {
 }
 
 ProgramResult Calotype(std::vector<std::string> arguments) {
-  return testing::RunProgram(Program(std::move(arguments)));
+  return test::RunProgram(Program(std::move(arguments)));
 }
 
 class AppTest : public ::testing::Test {
  protected:
-  AppTest() { folder_.Write("unet.json", testing::kTinyUNet); }
+  AppTest() { folder_.Write("unet.json", test::kTinyUNet); }
 
   // Arguments of a short run into the folder `name`.
   std::vector<std::string> Train(const std::string& name,
@@ -65,13 +68,13 @@ class AppTest : public ::testing::Test {
     return arguments;
   }
   std::string Weights(const std::string& name) const {
-    return ReadText(folder_.path / name / "unet/diffusion_pytorch_model.safetensors") +
-           ReadText(folder_.path / name / "caption_encoder/model.safetensors");
+    return ReadText(folder_ / name / "unet/diffusion_pytorch_model.safetensors") +
+           ReadText(folder_ / name / "caption_encoder/model.safetensors");
   }
   // Waits until the metrics of a run have `lines` lines.
   void WaitForLines(const std::string& name, int64_t lines) const {
     for (int i = 0; i < 6000; ++i) {
-      std::string text = ReadText(folder_.path / name / "metrics.jsonl");
+      std::string text = ReadText(folder_ / name / "metrics.jsonl");
       if (std::count(text.begin(), text.end(), '\n') >= lines) return;
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
@@ -79,17 +82,17 @@ class AppTest : public ::testing::Test {
   }
   // A folder with `count` captioned pictures.
   void WritePictures(const std::string& name, int count) const {
-    fs::create_directories(folder_.path / name);
+    fs::create_directories(folder_ / name);
     std::string lines;
     for (int i = 0; i < count; ++i) {
       std::string file = std::to_string(i) + ".png";
-      WritePng(folder_.path / name / file, TensorToImage(RenderShape(i, 0, 0)));
+      WritePng(folder_ / name / file, TensorToImage(RenderShape(i, 0, 0)));
       lines += ImageFolderLine(file, ShapeCaption(i));
     }
     folder_.Write(fs::path(name) / "metadata.jsonl", lines);
   }
 
-  testing::TemporaryFolder folder_;
+  TempFolder folder_;
 };
 
 TEST_F(AppTest, HelpAndVersion) {
@@ -123,8 +126,22 @@ TEST_F(AppTest, WrongUsageIsCode2) {
   EXPECT_THAT(message(Train("run", {"--optimizer", "lion"})), HasSubstr("lion"));
   EXPECT_THAT(message(Train("run", {"--learning-rate", "fast"})), HasSubstr("fast"));
   EXPECT_THAT(message(Train("run", {"--unet", "toy17"})), HasSubstr("toy17"));
+  EXPECT_THAT(message(Train("run", {"--seed", "-1"})), HasSubstr("--seed"));
+  EXPECT_THAT(message({"sample", "--model", "x", "--prompt", "y", "--seed", "-1"}),
+              HasSubstr("--seed"));
+  EXPECT_THAT(message({"graph", "--batch", "0"}), HasSubstr("--batch"));
   EXPECT_THAT(message({"demo", "--out", folder_ / "demo", "--optimizer", "lion"}),
               HasSubstr("lion"));
+  // Options that would change nothing.
+  EXPECT_THAT(message(Train("run", {"--momentum", "0.5"})),
+              AllOf(HasSubstr("--momentum"), HasSubstr("--optimizer adamw")));
+  EXPECT_THAT(message(Train("run", {"--optimizer", "sgd", "--adam-beta1", "0.5"})),
+              HasSubstr("--adam-beta1"));
+  EXPECT_THAT(message(Train("run", {"--validation-prompt", "a red circle"})),
+              HasSubstr("--sample-steps 0"));
+  EXPECT_THAT(message(Train("run", {"--validation-fraction", "0", "--validation-steps", "2"})),
+              HasSubstr("--validation-steps"));
+  EXPECT_FALSE(fs::exists(folder_ / "run"));
 }
 
 TEST_F(AppTest, UnknownFieldsOfAConfigAreNamed) {
@@ -144,7 +161,7 @@ TEST_F(AppTest, MissingAndDamagedFilesAreCode3) {
   EXPECT_EQ(Calotype({"train", "--resume", "--out", folder_ / "nothing"}).code, 3);
 
   ASSERT_EQ(Calotype(Train("run")).code, 0);
-  fs::path weights = folder_.path / "run/unet/diffusion_pytorch_model.safetensors";
+  fs::path weights = folder_ / "run/unet/diffusion_pytorch_model.safetensors";
   fs::resize_file(weights, fs::file_size(weights) / 2);
   ProgramResult truncated = Calotype({"sample", "--model", folder_ / "run", "--prompt", "red"});
   EXPECT_EQ(truncated.code, 3);
@@ -160,7 +177,7 @@ TEST_F(AppTest, MissingAndDamagedFilesAreCode3) {
 }
 
 TEST_F(AppTest, FoldersOfPictures) {
-  fs::create_directories(folder_.path / "empty");
+  fs::create_directories(folder_ / "empty");
   ProgramResult empty = Calotype(Train("run", {"--data", folder_ / "empty"}));
   EXPECT_EQ(empty.code, 3);
   EXPECT_THAT(empty.err, HasSubstr("metadata.jsonl"));
@@ -172,8 +189,8 @@ TEST_F(AppTest, FoldersOfPictures) {
   EXPECT_EQ(trained.code, 0) << trained.err;
   EXPECT_THAT(trained.err, AllOf(HasSubstr("warning"), HasSubstr("7.png"), HasSubstr("29 captions"),
                                  HasSubstr("validation loss")));
-  EXPECT_TRUE(fs::exists(folder_.path / "run/samples/step-00000006.png"));
-  std::istringstream lines(ReadText(folder_.path / "run/metrics.jsonl"));
+  EXPECT_TRUE(fs::exists(folder_ / "run/samples/step-00000006.png"));
+  std::istringstream lines(ReadText(folder_ / "run/metrics.jsonl"));
   int steps = 0;
   for (std::string line; std::getline(lines, line);) {
     json record = json::parse(line);
@@ -237,18 +254,18 @@ TEST_F(AppTest, NumbersThatAreNotFiniteAreCode4) {
                     "--lr-scheduler", "constant", "--checkpointing-steps", "1"}));
   EXPECT_EQ(result.code, 4);
   EXPECT_THAT(result.err, HasSubstr("not finite"));
-  EXPECT_TRUE(ReadLatestCheckpoint(folder_.path / "run/checkpoints", {}).has_value());
+  EXPECT_TRUE(ReadLatestCheckpoint(folder_ / "run/checkpoints", {}).has_value());
 }
 
 TEST_F(AppTest, AKilledRunContinuesBitForBit) {
   std::vector<std::string> more{"--steps", "40", "--checkpointing-steps", "4"};
   ASSERT_EQ(Calotype(Train("whole", more)).code, 0);
-  testing::TemporaryFolder output;
-  pid_t process = testing::StartProgram(Program(Train("parts", more)), output);
+  TempFolder output;
+  pid_t process = test::StartProgram(Program(Train("parts", more)), output);
   WaitForLines("parts", 11);
   kill(process, SIGKILL);
-  EXPECT_EQ(testing::FinishProgram(process, output).code, 128 + SIGKILL);
-  ASSERT_FALSE(ListCheckpoints(folder_.path / "parts/checkpoints").empty());
+  EXPECT_EQ(test::FinishProgram(process, output).code, 128 + SIGKILL);
+  ASSERT_FALSE(ListCheckpoints(folder_ / "parts/checkpoints").empty());
   ProgramResult resumed =
       Calotype({"train", "--out", folder_ / "parts", "--resume", "--threads", "1"});
   ASSERT_EQ(resumed.code, 0) << resumed.err;
@@ -258,15 +275,15 @@ TEST_F(AppTest, AKilledRunContinuesBitForBit) {
 TEST_F(AppTest, InterruptionWritesACheckpoint) {
   for (int signal : {SIGINT, SIGTERM}) {
     std::string name = "run" + std::to_string(signal);
-    testing::TemporaryFolder output;
-    pid_t process = testing::StartProgram(
+    TempFolder output;
+    pid_t process = test::StartProgram(
         Program(Train(name, {"--steps", "100000", "--checkpointing-steps", "0"})), output);
     WaitForLines(name, 3);
     kill(process, signal);
-    ProgramResult result = testing::FinishProgram(process, output);
+    ProgramResult result = test::FinishProgram(process, output);
     EXPECT_EQ(result.code, 128 + signal) << result.err;
     EXPECT_THAT(result.err, HasSubstr("--resume"));
-    EXPECT_EQ(ListCheckpoints(folder_.path / name / "checkpoints").size(), 1u);
+    EXPECT_EQ(ListCheckpoints(folder_ / name / "checkpoints").size(), 1u);
   }
 }
 
@@ -298,24 +315,130 @@ TEST_F(AppTest, InfoAndGraph) {
   EXPECT_EQ(Calotype({"graph", "--what", "dreams"}).code, 2);
 }
 
-// A U-Net folder of diffusers on given tensors, against the golden output.
-TEST_F(AppTest, UNetFolder) {
-  fs::path fixture = fs::path(CALOTYPE_TEST_DATA) / "fixtures/unet/sd15-tiny";
-  TensorFile golden = ReadSafetensors(fixture / "tensors.safetensors"), inputs;
-  for (const char* name : {"sample", "timestep", "encoder_hidden_states"})
-    inputs.tensors[name] = golden.tensors.at(std::string("input.") + name);
-  WriteSafetensors(folder_ / "in.safetensors", inputs);
-  for (const char* backend : {"eager", "jit"}) {
-    ProgramResult result =
-        Calotype({"unet", "--model", fixture.string(), "--inputs", folder_ / "in.safetensors",
-                  "--output", folder_ / "out.safetensors", "--backend", backend, "--threads", "1"});
+// A U-Net folder of diffusers on given tensors.
+class UNetFolderTest : public AppTest {
+ protected:
+  UNetFolderTest() {
+    golden_ = ReadSafetensors(fixture_ / "tensors.safetensors");
+    for (const char* name : {"sample", "timestep", "encoder_hidden_states"})
+      inputs_.tensors[name] = golden_.tensors.at(std::string("input.") + name);
+  }
+  // Runs the program on inputs_.
+  ProgramResult Run(const std::vector<std::string>& more = {}) const {
+    WriteSafetensors(folder_ / "in.safetensors", inputs_);
+    std::vector<std::string> arguments{"unet",     "--model",
+                                       fixture_.string(), "--inputs",
+                                       folder_ / "in.safetensors", "--output",
+                                       folder_ / "out.safetensors", "--threads", "1"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return Calotype(arguments);
+  }
+  Tensor Output() const { return ReadSafetensors(folder_ / "out.safetensors").tensors.at("out"); }
+
+  fs::path fixture_ = fs::path(CALOTYPE_TEST_DATA) / "fixtures/unet/sd15-tiny";
+  TensorFile golden_, inputs_;
+};
+
+TEST_F(UNetFolderTest, GivesTheGoldenOutput) {
+  for (const std::vector<std::string>& options :
+       {std::vector<std::string>{"--backend", "eager"}, {"--backend", "jit"}, {"--winograd", "off"}}) {
+    ProgramResult result = Run(options);
     ASSERT_EQ(result.code, 0) << result.err;
-    Tensor out = ReadSafetensors(folder_ / "out.safetensors").tensors.at("out"),
-           expected = golden.tensors.at("output.out");
+    EXPECT_THAT(result.out, AllOf(HasSubstr("load "), HasSubstr("compile "), HasSubstr("call "),
+                                  HasSubstr("peak memory ")));
+    Tensor out = Output(), expected = golden_.tensors.at("output.out");
     ASSERT_EQ(out.shape(), expected.shape());
     for (int64_t i = 0; i < out.elements(); ++i)
-      ASSERT_NEAR(out.data()[i], expected.data()[i], 2e-5) << backend;
+      ASSERT_NEAR(out.data()[i], expected.data()[i], 2e-5) << options[1];
   }
+}
+
+TEST_F(UNetFolderTest, WritesFigures) {
+  ASSERT_EQ(Run({"--repeat", "3", "--json", folder_ / "unet.json"}).code, 0);
+  json figures = json::parse(ReadText(folder_ / "unet.json"));
+  EXPECT_EQ(figures["calls"], 3);
+  EXPECT_EQ(figures["backend"], "jit");
+  EXPECT_EQ(figures["winograd"], "auto");
+  EXPECT_EQ(figures["threads"], 1);
+  for (const char* key : {"load_seconds", "compile_seconds", "median_ms", "fastest_ms",
+                          "median_cpu_ms", "flop", "gflops"})
+    EXPECT_GT(figures[key].get<double>(), 0) << key;
+  EXPECT_LE(figures["fastest_ms"].get<double>(), figures["median_ms"].get<double>());
+  // More than the weights, less than the machine.
+  EXPECT_GT(figures["peak_memory_bytes"].get<double>(),
+            static_cast<double>(fs::file_size(fixture_ / "diffusion_pytorch_model.safetensors")));
+  EXPECT_LT(figures["peak_memory_bytes"].get<double>(), 4e9);
+}
+
+// A mask that keeps all tokens changes nothing; one that hides all but the first gives what a
+// context of that token alone gives.
+TEST_F(UNetFolderTest, MasksOfTheContext) {
+  ASSERT_EQ(Run().code, 0);
+  Tensor whole = Output(), context = inputs_.tensors.at("encoder_hidden_states");
+  const int64_t batch = context.shape()[0], tokens = context.shape()[1], width = context.shape()[2];
+  auto distance = [](const Tensor& a, const Tensor& b) {
+    float largest = 0;
+    for (int64_t i = 0; i < a.elements(); ++i)
+      largest = std::max(largest, std::abs(a.data()[i] - b.data()[i]));
+    return largest;
+  };
+  Tensor mask = Tensor::Full({batch, tokens}, 1);
+  inputs_.tensors["encoder_attention_mask"] = mask;
+  ASSERT_EQ(Run().code, 0);
+  EXPECT_LE(distance(Output(), whole), 1e-5f);
+
+  for (int64_t i = 0; i < mask.elements(); ++i) mask.data()[i] = i % tokens == 0;
+  ProgramResult masked = Run();
+  ASSERT_EQ(masked.code, 0) << masked.err;
+  Tensor first_only = Output();
+  EXPECT_GT(distance(first_only, whole), 1e-4f);
+  Tensor first({batch, 1, width});
+  for (int64_t b = 0; b < batch; ++b)
+    std::copy_n(context.data() + b * tokens * width, width, first.data() + b * width);
+  inputs_.tensors.erase("encoder_attention_mask");
+  inputs_.tensors["encoder_hidden_states"] = first;
+  ASSERT_EQ(Run().code, 0);
+  EXPECT_LE(distance(Output(), first_only), 1e-5f);
+}
+
+TEST_F(UNetFolderTest, WrongInputsAndOptionsAreNamed) {
+  EXPECT_EQ(Run({"--winograd", "maybe"}).code, 2);
+  EXPECT_EQ(Run({"--backend", "gpu"}).code, 2);
+  EXPECT_EQ(Run({"--repeat", "0"}).code, 2);
+  inputs_.tensors["sampel"] = Tensor::Zeros({1});
+  ProgramResult unknown = Run();
+  EXPECT_EQ(unknown.code, 3);
+  EXPECT_THAT(unknown.err, AllOf(HasSubstr("sampel"), HasSubstr("encoder_attention_mask")));
+  inputs_.tensors.erase("sampel");
+  inputs_.tensors["sample"] = Tensor::Zeros({1, 3, 8, 8});
+  ProgramResult shape = Run();
+  EXPECT_EQ(shape.code, 2);
+  EXPECT_THAT(shape.err, HasSubstr("conv_in"));
+  inputs_.tensors.erase("sample");
+  ProgramResult missing = Run();
+  EXPECT_EQ(missing.code, 3);
+  EXPECT_THAT(missing.err, HasSubstr("\"sample\" is missing"));
+}
+
+TEST_F(UNetFolderTest, CallsOnDemand) {
+  WriteSafetensors(folder_ / "in.safetensors", inputs_);
+  auto run = [&](const std::string& commands) {
+    return test::RunProgram(
+        {"/bin/sh", "-c",
+         "printf '" + commands + "' | " + CALOTYPE_BIN_DIR + "/calotype unet --on-demand --model " +
+             fixture_.string() + " --threads 1 --inputs " + (folder_ / "in.safetensors").string() +
+             " --output " + (folder_ / "out.safetensors").string()});
+  };
+  ProgramResult result = run("run 0\\nrun 0.01\\n");
+  ASSERT_EQ(result.code, 0) << result.err;
+  std::istringstream lines(result.out);
+  std::vector<json> answers;
+  for (std::string line; std::getline(lines, line);) answers.push_back(json::parse(line));
+  ASSERT_EQ(answers.size(), 3u);
+  EXPECT_EQ(answers[0]["calls"], 1);
+  EXPECT_EQ(answers[1]["ms"].size(), 1u);
+  EXPECT_EQ(answers[2]["ms"].size(), answers[2]["cpu_ms"].size());
+  EXPECT_EQ(run("walk 3\\n").code, 2);
 }
 
 TEST_F(AppTest, TheOpTableIsUpToDate) {
@@ -327,7 +450,7 @@ TEST_F(AppTest, TheOpTableIsUpToDate) {
 TEST_F(AppTest, EmojiFolder) {
   ProgramResult result = Calotype({"data", "emoji", "--out", folder_ / "emoji", "--size", "8"});
   ASSERT_EQ(result.code, 0) << result.err;
-  std::string lines = ReadText(folder_.path / "emoji/metadata.jsonl");
+  std::string lines = ReadText(folder_ / "emoji/metadata.jsonl");
   EXPECT_GT(std::count(lines.begin(), lines.end(), '\n'), 1800);
   EXPECT_THAT(lines, HasSubstr("grinning face"));
   EXPECT_EQ(Calotype({"data", "emoji", "--out", folder_ / "x", "--font", folder_ / "no.ttf"}).code,
@@ -338,7 +461,89 @@ TEST_F(AppTest, Bench) {
   ProgramResult result = Calotype({"bench", "--unet", folder_ / "unet.json", "--batch", "1",
                                    "--seconds", "0.01", "--train", "--threads", "1"});
   ASSERT_EQ(result.code, 0) << result.err;
-  EXPECT_THAT(result.out, AllOf(HasSubstr("unet"), HasSubstr("train"), HasSubstr("jit ms")));
+  EXPECT_THAT(result.out, AllOf(HasSubstr("FMA peak"), HasSubstr("unet"), HasSubstr("train"),
+                                HasSubstr("jit ms"), Not(HasSubstr("CPU ms"))));
+}
+
+TEST_F(AppTest, BenchWritesFiguresProfileAndTrace) {
+  ProgramResult result = Calotype({"bench", "--unet", folder_ / "unet.json", "--batch", "2",
+                                   "--seconds", "0", "--threads", "2", "--winograd", "off",
+                                   "--profile", "--json", folder_ / "bench.json", "--trace",
+                                   folder_ / "trace.json"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_THAT(result.out, AllOf(HasSubstr("CPU ms"), HasSubstr("contraction")));
+  json report = json::parse(ReadText(folder_ / "bench.json"));
+  EXPECT_EQ(report["threads"], 2);
+  EXPECT_EQ(report["winograd"], "off");
+  double peak = 0;
+  for (const json& entry : report["peaks"]) {
+    if (entry["threads"] == 2) peak = std::max(peak, entry["gflops"].get<double>());
+  }
+  EXPECT_GT(peak, 0);
+  EXPECT_EQ(report["peak_gflops"], peak);
+  ASSERT_EQ(report["rows"].size(), 1u);
+  const json& row = report["rows"][0];
+  EXPECT_EQ(row["what"], "unet");
+  EXPECT_EQ(row["batch"], 2);
+  for (const char* key : {"flop", "eager_ms", "eager_cpu_ms", "jit_ms", "jit_cpu_ms",
+                          "compile_seconds", "arena_bytes", "packed_bytes"})
+    EXPECT_GT(row[key].get<double>(), 0) << key;
+  EXPECT_LE(row["max_rel_difference"].get<double>(), 2e-5);
+  double eager = row["eager_ms"], jit = row["jit_ms"], flop = row["flop"];
+  EXPECT_NEAR(row["ratio"].get<double>(), eager / jit, 1e-9);
+  EXPECT_NEAR(row["jit_percent_of_peak"].get<double>(), 1e-4 * flop / jit / peak, 1e-9);
+
+  // The profile: shares sum to 100 %, slowest first.
+  double percent = 0, last = 1e30;
+  std::map<int, json> steps;
+  for (const json& step : row["steps"]) {
+    percent += step["percent_of_time"].get<double>();
+    EXPECT_LE(step["ms"].get<double>(), last);
+    last = step["ms"];
+    EXPECT_FALSE(step["kind"].get<std::string>().empty());
+    EXPECT_NEAR(step["gflops"].get<double>(),
+                1e-6 * step["flop"].get<double>() / step["ms"].get<double>(), 1e-9);
+    EXPECT_TRUE(steps.emplace(step["step"], step).second);
+  }
+  EXPECT_NEAR(percent, 100, 1e-6);
+
+  // The trace: each step is there, as many chunks as it has, inside the process of the row.
+  json trace = json::parse(ReadText(folder_ / "trace.json"));
+  std::map<int, int64_t> chunks;
+  int names = 0;
+  for (const json& event : trace["traceEvents"]) {
+    EXPECT_EQ(event["pid"], 1);
+    names += event["ph"] == "M" && event["name"] == "process_name";
+    if (event["ph"] != "X") continue;
+    EXPECT_GE(event["ts"].get<double>(), 0);
+    EXPECT_GE(event["dur"].get<double>(), 0);
+    EXPECT_LT(event["tid"].get<int>(), 2);
+    int step = event["args"]["step"];
+    ASSERT_TRUE(steps.contains(step));
+    EXPECT_EQ(event["name"], steps[step]["label"]);
+    chunks[step] += event["args"]["chunks"].get<int64_t>();
+  }
+  EXPECT_EQ(names, 1);
+  EXPECT_EQ(chunks.size(), steps.size());
+  for (const auto& [step, count] : chunks) EXPECT_EQ(steps[step]["chunks"], count) << step;
+}
+
+TEST_F(AppTest, BenchOfKernels) {
+  ProgramResult result =
+      Calotype({"bench", "--kernels", "--only", "cross-attention", "--seconds", "0", "--threads",
+                "1", "--json", folder_ / "bench.json"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  json report = json::parse(ReadText(folder_ / "bench.json"));
+  ASSERT_EQ(report["rows"].size(), 1u);
+  EXPECT_EQ(report["rows"][0]["what"], "kernel");
+  EXPECT_EQ(report["rows"][0]["flop"], 2.0 * 2 * 8 * 4096 * 77 * 40);
+  EXPECT_FALSE(report["rows"][0].contains("steps"));
+
+  ProgramResult nothing = Calotype({"bench", "--kernels", "--only", "no such kernel"});
+  EXPECT_EQ(nothing.code, 2);
+  EXPECT_THAT(nothing.err, HasSubstr("no such kernel"));
+  EXPECT_EQ(Calotype({"bench", "--winograd", "sometimes"}).code, 2);
+  EXPECT_EQ(Calotype({"bench", "--model", folder_ / "nothing"}).code, 3);
 }
 
 // The demo's whole way with a few steps; its figures are those of the real one only with the
@@ -347,7 +552,7 @@ TEST_F(AppTest, DemoWritesEverything) {
   ProgramResult result = Calotype({"demo", "--out", folder_ / "demo", "--steps", "2",
                                    "--sampling-steps", "2", "--seeds-per-caption", "1", "--quiet"});
   ASSERT_EQ(result.code, 0) << result.err;
-  json summary = json::parse(ReadText(folder_.path / "demo/summary.json"));
+  json summary = json::parse(ReadText(folder_ / "demo/summary.json"));
   EXPECT_EQ(json::parse(result.out), summary);
   for (const char* key : {"caption_accuracy", "caption_accuracy_shape", "caption_accuracy_color",
                           "caption_accuracy_size", "caption_accuracy_background", "train_seconds",
@@ -362,6 +567,28 @@ TEST_F(AppTest, DemoWritesEverything) {
   ASSERT_EQ(texts.size(), 1u);
   EXPECT_THAT(texts[0].text, HasSubstr(ShapeCaption(95)));
   EXPECT_GT(ReadPng(folder_ / "demo/grid.png").width, 16);
+
+  // The folder is not trained over, but an interrupted demo continues.
+  std::vector<std::string> again{"demo",
+                                 "--out",
+                                 folder_ / "demo",
+                                 "--steps",
+                                 "2",
+                                 "--sampling-steps",
+                                 "2",
+                                 "--seeds-per-caption",
+                                 "1",
+                                 "--quiet"};
+  ProgramResult refused = Calotype(again);
+  EXPECT_EQ(refused.code, 2);
+  EXPECT_THAT(refused.err, HasSubstr("--resume"));
+  fs::remove(folder_ / "demo/summary.json");
+  again.push_back("--resume");
+  ProgramResult resumed = Calotype(again);
+  ASSERT_EQ(resumed.code, 0) << resumed.err;
+  json second = json::parse(ReadText(folder_ / "demo/summary.json"));
+  for (const char* key : {"caption_accuracy", "steps", "final_loss"})
+    EXPECT_EQ(second[key], summary[key]) << key;
 }
 
 }  // namespace

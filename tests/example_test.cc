@@ -8,9 +8,12 @@
 
 #include "tests/run_program.h"
 
-namespace calotype::testing {
+namespace calotype {
 namespace {
 
+using test::ProgramResult;
+using test::ReadText;
+using test::RunProgram;
 using ::testing::HasSubstr;
 
 std::string Example(const std::string& name) {
@@ -62,4 +65,4 @@ TEST(ExampleTest, Compile) {
 }
 
 }  // namespace
-}  // namespace calotype::testing
+}  // namespace calotype

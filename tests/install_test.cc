@@ -10,14 +10,14 @@
 namespace {
 
 namespace fs = std::filesystem;
-using Folder = calotype::testing::TemporaryFolder;
+using Folder = calotype::test::TempFolder;
 
 const fs::path kSource = CALOTYPE_SOURCE_DIR;
 const fs::path kBuild = fs::path(CALOTYPE_BIN_DIR).parent_path();
 
 // Runs a shell command; `out` holds its errors too.
-calotype::testing::ProgramResult Shell(const std::string& command) {
-  return calotype::testing::RunProgram({"/bin/sh", "-c", command + " 2>&1"});
+calotype::test::ProgramResult Shell(const std::string& command) {
+  return calotype::test::RunProgram({"/bin/sh", "-c", command + " 2>&1"});
 }
 
 // Builds the consumer against the installed tree and returns what it prints.
@@ -29,7 +29,7 @@ std::string BuildAndRun(const fs::path& prefix, const std::string& find, const s
                      "\nadd_executable(consumer main.cc)\ntarget_link_libraries(consumer " + link +
                      ")\n");
   consumer.Write("main.cc", code);
-  std::string folder = consumer.path.string();
+  std::string folder = consumer.path().string();
   auto configured =
       Shell("cmake -S " + folder + " -B " + folder + "/build -G Ninja -DCMAKE_BUILD_TYPE=Release" +
             " \"-DCMAKE_PREFIX_PATH=" + prefix.string() + ";" +
@@ -45,10 +45,10 @@ std::string BuildAndRun(const fs::path& prefix, const std::string& find, const s
 TEST(InstallTest, ConsumersOfTheInstalledTreeBuildAndRun) {
   Folder prefix;
   auto installed =
-      Shell("cmake --install " + kBuild.string() + " --prefix " + prefix.path.string());
+      Shell("cmake --install " + kBuild.string() + " --prefix " + prefix.path().string());
   ASSERT_EQ(installed.code, 0) << installed.out;
   EXPECT_EQ(
-      BuildAndRun(prefix.path, "find_package(calotype CONFIG REQUIRED)", "calotype::graph", R"(
+      BuildAndRun(prefix.path(), "find_package(calotype CONFIG REQUIRED)", "calotype::graph", R"(
 #include <cstdio>
 #include "graph/functions.h"
 #include "graph/interpreter.h"
@@ -63,7 +63,7 @@ int main() {
       "14\n");
   if (fs::exists(fs::path(CALOTYPE_BIN_DIR) / "calotype")) {
     // The component that needs LLVM, and the installed program.
-    EXPECT_EQ(BuildAndRun(prefix.path, "find_package(calotype CONFIG REQUIRED COMPONENTS jit)",
+    EXPECT_EQ(BuildAndRun(prefix.path(), "find_package(calotype CONFIG REQUIRED COMPONENTS jit)",
                           "calotype::pipelines", R"(
 #include <cstdio>
 #include "graph/functions.h"
@@ -77,7 +77,7 @@ int main() {
 }
 )"),
               "14\n");
-    auto version = Shell((prefix.path / "bin/calotype").string() + " --version");
+    auto version = Shell((prefix.path() / "bin/calotype").string() + " --version");
     EXPECT_EQ(version.code, 0) << version.out;
   }
 }
@@ -103,8 +103,8 @@ TEST(IncludeArrowsTest, EachBreachIsNamed) {
       "#include \"core/tensor.h\"\n#include \"graph/graph.h\"\n#include <llvm/IR/Module.h>\n");
   tree.Write("layers/layer.h", "#include \"tensor.h\"\n#include <boost/any.hpp>\n");
   tree.Write("tests/a_test.cc", "#include <llvm/IR/Module.h>\n#include \"jit/compile.h\"\n");
-  auto result =
-      Shell("python3 " + (kSource / "tools/check_includes.py").string() + " " + tree.path.string());
+  auto result = Shell("python3 " + (kSource / "tools/check_includes.py").string() + " " +
+                      tree.path().string());
   EXPECT_EQ(result.code, 1) << result.out;
   for (const char* breach :
        {"core/tensor.h:3:", "graph/graph.h:2:", "graph/graph.h:3:", "jit/compile.h:3:",

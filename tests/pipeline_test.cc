@@ -11,6 +11,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <sstream>
 
 #include "core/parallel.h"
 #include "io/checkpoint.h"
@@ -21,6 +22,7 @@
 #include "pipelines/trainer.h"
 #include "pipelines/training_setup.h"
 #include "pipelines/unet_folder.h"
+#include "tests/expect_error.h"
 #include "tests/run_program.h"
 #include "tests/tiny_unet.h"
 
@@ -28,9 +30,10 @@ namespace calotype {
 namespace {
 
 namespace fs = std::filesystem;
+using test::ReadText;
+using test::TempFolder;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
-using testing::TemporaryFolder;
 
 bool SameBits(const Tensor& a, const Tensor& b) {
   return a.type() == b.type() && std::memcmp(a.raw(), b.raw(), static_cast<size_t>(a.bytes())) == 0;
@@ -41,17 +44,6 @@ double LargestDifference(const Tensor& a, const Tensor& b) {
   for (int64_t i = 0; i < a.elements(); ++i)
     largest = std::max<double>(largest, std::abs(a.data()[i] - b.data()[i]));
   return largest;
-}
-
-template <class E, class F>
-std::string ErrorOf(F&& f) {
-  try {
-    f();
-  } catch (const E& e) {
-    return e.what();
-  }
-  ADD_FAILURE() << "no error, or one of another type";
-  return "";
 }
 
 // --- Batches.
@@ -112,7 +104,7 @@ TEST(BatchSourceTest, ContinuesFromItsState) {
   }
   std::map<std::string, uint64_t> state = whole.State();
   state.erase("noise");
-  EXPECT_THAT(ErrorOf<FileError>([&] { rest.SetState(state); }), HasSubstr("noise"));
+  EXPECT_THAT(MessageOf<FileError>([&] { rest.SetState(state); }), HasSubstr("noise"));
 }
 
 TEST(BatchSourceTest, DropsTheRequestedShareOfCaptions) {
@@ -143,11 +135,11 @@ TEST(TrainOptionsTest, RoundTripThroughJson) {
   options.data = "a \"folder\"";
   options.seed = std::numeric_limits<uint64_t>::max();
   EXPECT_EQ(ToJson(ParseTrainOptions(ToJson(options), "x")), ToJson(options));
-  EXPECT_THAT(ErrorOf<FileError>([] { ParseTrainOptions("{}", "run/train.json"); }),
+  EXPECT_THAT(MessageOf<FileError>([] { ParseTrainOptions("{}", "run/train.json"); }),
               HasSubstr("run/train.json"));
   nlohmann::json more = nlohmann::json::parse(ToJson(options));
   more["colour"] = 1;
-  EXPECT_THAT(ErrorOf<FileError>([&] { ParseTrainOptions(more.dump(), "x"); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { ParseTrainOptions(more.dump(), "x"); }),
               HasSubstr("colour"));
 }
 
@@ -160,7 +152,7 @@ TEST(TrainOptionsTest, AContinuedRunKeepsWhatDecidesIt) {
   EXPECT_EQ(merged.learning_rate, 0.5);
   EXPECT_EQ(merged.checkpointing_steps, 7);
   EXPECT_EQ(merged.backend, "eager");
-  EXPECT_THAT(ErrorOf<ValueError>([&] { MergeForResume(stored, given, {"learning_rate"}); }),
+  EXPECT_THAT(MessageOf<ValueError>([&] { MergeForResume(stored, given, {"learning_rate"}); }),
               HasSubstr("learning_rate"));
 }
 
@@ -168,7 +160,7 @@ TEST(TrainOptionsTest, BadValuesAreNamed) {
   auto message = [](auto change) {
     TrainOptions options;
     change(options);
-    return ErrorOf<ValueError>([&] { Validate(options); });
+    return MessageOf<ValueError>([&] { Validate(options); });
   };
   EXPECT_THAT(message([](TrainOptions& o) { o.optimizer = "lion"; }), HasSubstr("lion"));
   EXPECT_THAT(message([](TrainOptions& o) { o.learning_rate = NAN; }), HasSubstr("learning_rate"));
@@ -183,7 +175,7 @@ class TrainerTest : public ::testing::Test {
  protected:
   TrainerTest() {
     SetThreads(1);  // threads would cost more than they give at this size
-    folder_.Write("unet.json", testing::kTinyUNet);
+    folder_.Write("unet.json", test::kTinyUNet);
     options_.unet = folder_ / "unet.json";
     options_.train_batch_size = 8;
     options_.max_train_steps = 12;
@@ -192,7 +184,7 @@ class TrainerTest : public ::testing::Test {
     options_.validation_steps = 6;
     options_.sample_steps = 0;
   }
-  fs::path Folder(const std::string& name) const { return folder_.path / name; }
+  fs::path Folder(const std::string& name) const { return folder_ / name; }
   TrainResult Train(const std::string& name, bool resume = false,
                     TrainCallbacks callbacks = {}) const {
     auto data = OpenDataset(options_, {});
@@ -202,7 +194,7 @@ class TrainerTest : public ::testing::Test {
   // The lines of metrics.jsonl without times.
   std::string Metrics(const std::string& name) const {
     std::string result;
-    std::istringstream lines(testing::ReadText(Folder(name) / "metrics.jsonl"));
+    std::istringstream lines(ReadText(Folder(name) / "metrics.jsonl"));
     for (std::string line; std::getline(lines, line);) {
       auto record = nlohmann::json::parse(line);
       record.erase("seconds");
@@ -211,11 +203,11 @@ class TrainerTest : public ::testing::Test {
     return result;
   }
   std::string Weights(const std::string& name) const {
-    return testing::ReadText(Folder(name) / "unet/diffusion_pytorch_model.safetensors") +
-           testing::ReadText(Folder(name) / "caption_encoder/model.safetensors");
+    return ReadText(Folder(name) / "unet/diffusion_pytorch_model.safetensors") +
+           ReadText(Folder(name) / "caption_encoder/model.safetensors");
   }
 
-  TemporaryFolder folder_;
+  TempFolder folder_;
   TrainOptions options_;
 };
 
@@ -290,7 +282,7 @@ TEST_F(TrainerTest, ACancelledRunContinuesBitForBit) {
   TrainCallbacks cancel{.progress = [&](const TrainProgress& p) { last = p.step; },
                         .message = {},
                         .cancelled = [&] { return last == 7; }};
-  EXPECT_THAT(ErrorOf<CancelledError>([&] { Train("parts", false, cancel); }),
+  EXPECT_THAT(MessageOf<CancelledError>([&] { Train("parts", false, cancel); }),
               HasSubstr("step 7 of 12"));
   Train("parts", true);
   EXPECT_EQ(Weights("parts"), Weights("whole"));
@@ -298,7 +290,7 @@ TEST_F(TrainerTest, ACancelledRunContinuesBitForBit) {
   // From an older checkpoint too, as after a kill: the lines behind it are written again.
   fs::remove(CheckpointPath(Folder("parts") / "checkpoints", 12));
   fs::remove(CheckpointPath(Folder("parts") / "checkpoints", 10));
-  EXPECT_THAT(ErrorOf<FileError>([&] { Train("parts", true); }), HasSubstr("no checkpoint"));
+  EXPECT_THAT(MessageOf<FileError>([&] { Train("parts", true); }), HasSubstr("no checkpoint"));
 }
 
 TEST_F(TrainerTest, ARunThatLosesItsLastStepsContinuesBitForBit) {
@@ -314,9 +306,9 @@ TEST_F(TrainerTest, ADamagedCheckpointFallsBackToTheOneBefore) {
   Train("whole");
   Train("parts");
   fs::path newest = CheckpointPath(Folder("parts") / "checkpoints", 12);
-  std::string bytes = testing::ReadText(newest);
+  std::string bytes = ReadText(newest);
   bytes[bytes.size() / 2] ^= 1;
-  std::ofstream(newest, std::ios::binary) << bytes;
+  test::WriteText(newest, bytes);
   std::string warnings;
   Train("parts", true,
         {.progress = {},
@@ -329,19 +321,19 @@ TEST_F(TrainerTest, ADamagedCheckpointFallsBackToTheOneBefore) {
 TEST_F(TrainerTest, ContinuingWithOtherOptionsIsAnError) {
   Train("run");
   options_.learning_rate = 1;
-  EXPECT_THAT(ErrorOf<ValueError>([&] { Train("run", true); }), HasSubstr("learning_rate"));
+  EXPECT_THAT(MessageOf<ValueError>([&] { Train("run", true); }), HasSubstr("learning_rate"));
 }
 
 TEST_F(TrainerTest, AFolderWithARunIsNotOverwritten) {
   Train("run");
-  EXPECT_THAT(ErrorOf<ValueError>([&] { Train("run"); }), HasSubstr("--resume"));
+  EXPECT_THAT(MessageOf<ValueError>([&] { Train("run"); }), HasSubstr("--resume"));
 }
 
 TEST_F(TrainerTest, TwoRunsInOneFolderAreAnError) {
   auto data = OpenDataset(options_, {});
   auto model = MakeModel(options_, *data);
   Trainer first(*model, *data, options_, Folder("run"));
-  EXPECT_THAT(ErrorOf<FileError>([&] { Train("run", true); }), HasSubstr("another process"));
+  EXPECT_THAT(MessageOf<FileError>([&] { Train("run", true); }), HasSubstr("another process"));
 }
 
 TEST_F(TrainerTest, SamplePicturesCarryTheirPrompts) {
@@ -357,6 +349,13 @@ TEST_F(TrainerTest, SamplePicturesCarryTheirPrompts) {
   }
 }
 
+TEST_F(TrainerTest, APromptOfUnknownWordsStopsTheRunBeforeItBegins) {
+  options_.sample_steps = 6;
+  options_.validation_prompt = "mauve zebra";
+  EXPECT_THAT(MessageOf<ValueError>([&] { Train("run"); }), HasSubstr("mauve, zebra"));
+  EXPECT_FALSE(fs::exists(Folder("run")));
+}
+
 TEST_F(TrainerTest, NumbersThatAreNotFiniteStopTheRunAndKeepTheCheckpoint) {
   options_.optimizer = "sgd";
   options_.lr_scheduler = "constant";
@@ -366,13 +365,17 @@ TEST_F(TrainerTest, NumbersThatAreNotFiniteStopTheRunAndKeepTheCheckpoint) {
   options_.max_train_steps = 100;
   options_.checkpointing_steps = 1;
   options_.validation_fraction = 0;
-  std::string text = ErrorOf<NumericError>([&] { Train("run"); });
+  std::string text = MessageOf<NumericError>([&] { Train("run"); });
   EXPECT_THAT(text, HasSubstr("not finite"));
+  int64_t last = ListCheckpoints(Folder("run") / "checkpoints").back();
+  EXPECT_THAT(text, HasSubstr(fmt::format("the checkpoint of step {} is kept", last)));
   auto checkpoint = ReadLatestCheckpoint(Folder("run") / "checkpoints", {});
   ASSERT_TRUE(checkpoint.has_value());
   for (const auto& [name, tensor] : checkpoint->tensors) {
     for (float v : tensor.values()) ASSERT_TRUE(std::isfinite(v)) << name;
   }
+  options_.checkpointing_steps = 0;
+  EXPECT_THAT(MessageOf<NumericError>([&] { Train("other"); }), HasSubstr("no checkpoint yet"));
 }
 
 // --- Models and pictures.
@@ -407,8 +410,7 @@ TEST_F(PipelineTest, AModelFolderHoldsTheModel) {
   for (const char* file : {"unet/config.json", "unet/diffusion_pytorch_model.safetensors",
                            "caption_encoder/config.json", "caption_encoder/model.safetensors",
                            "scheduler/scheduler_config.json", "model_index.json"}) {
-    EXPECT_EQ(testing::ReadText(Folder("model") / file), testing::ReadText(Folder("again") / file))
-        << file;
+    EXPECT_EQ(ReadText(Folder("model") / file), ReadText(Folder("again") / file)) << file;
   }
 }
 
@@ -420,9 +422,9 @@ TEST_F(PipelineTest, DamagedModelFoldersAreFileErrors) {
   fs::path weights = Folder("model") / "unet/diffusion_pytorch_model.safetensors";
 
   fs::resize_file(weights, fs::file_size(weights) - 1);
-  EXPECT_THAT(ErrorOf<FileError>(load), HasSubstr("diffusion_pytorch_model.safetensors"));
+  EXPECT_THAT(MessageOf<FileError>(load), HasSubstr("diffusion_pytorch_model.safetensors"));
   fs::remove(weights);
-  EXPECT_THAT(ErrorOf<FileError>(load), HasSubstr("diffusion_pytorch_model.safetensors"));
+  EXPECT_THAT(MessageOf<FileError>(load), HasSubstr("diffusion_pytorch_model.safetensors"));
   restore();
 
   TensorFile file = ReadSafetensors(weights);
@@ -430,20 +432,20 @@ TEST_F(PipelineTest, DamagedModelFoldersAreFileErrors) {
   file.tensors.erase("conv_out.bias");
   file.tensors["conv_extra.bias"] = Tensor::Zeros({2});
   WriteSafetensors(weights, file);
-  std::string text = ErrorOf<FileError>(load);
+  std::string text = MessageOf<FileError>(load);
   EXPECT_THAT(text, HasSubstr("conv_in.weight"));
   EXPECT_THAT(text, HasSubstr("conv_out.bias"));
   EXPECT_THAT(text, HasSubstr("conv_extra.bias"));
   restore();
 
-  auto config = nlohmann::json::parse(testing::ReadText(Folder("model") / "unet/config.json"));
+  auto config = nlohmann::json::parse(ReadText(Folder("model") / "unet/config.json"));
   config["colour"] = "red";
-  std::ofstream(Folder("model") / "unet/config.json") << config.dump();
-  EXPECT_THAT(ErrorOf<ValueError>(load), HasSubstr("colour"));
+  test::WriteText(Folder("model") / "unet/config.json", config.dump());
+  EXPECT_THAT(MessageOf<ValueError>(load), HasSubstr("colour"));
   restore();
 
-  std::ofstream(Folder("model") / "model_index.json") << "{}";
-  EXPECT_THAT(ErrorOf<FileError>(load), HasSubstr("model_index.json"));
+  test::WriteText(Folder("model") / "model_index.json", "{}");
+  EXPECT_THAT(MessageOf<FileError>(load), HasSubstr("model_index.json"));
 }
 
 TEST_F(PipelineTest, APictureDependsOnItsPromptAndSeedOnly) {
@@ -472,6 +474,21 @@ TEST_F(PipelineTest, CompiledPicturesAreTheEagerOnes) {
     for (float& v : parameter->Write().values()) v *= 1.1f;
   }
   EXPECT_LT(LargestDifference(eager.Generate(options), jit.Generate(options)), 1e-4);
+}
+
+TEST_F(PipelineTest, WhatThePromptDecidesIsComputedOnceForAllSteps) {
+  auto model = Model();
+  TextToImagePipeline eager(*model, Backend::kEager), jit(*model, Backend::kJit);
+  GenerateOptions options = Prompts({"a small red circle on a black background"});
+  options.steps = 25;
+  Tensor first = jit.Generate(options);
+  EXPECT_EQ(jit.context_runs(), 1);
+  options.prompts = {"a large blue cross on a gray background"};
+  Tensor second = jit.Generate(options);
+  EXPECT_EQ(jit.context_runs(), 2);
+  EXPECT_EQ(eager.context_runs(), 0);
+  EXPECT_GT(LargestDifference(first, second), 0.01);
+  EXPECT_LT(LargestDifference(second, eager.Generate(options)), 1e-3);
 }
 
 TEST_F(PipelineTest, GuidanceAndStepsChangeThePicture) {
@@ -503,7 +520,7 @@ TEST_F(PipelineTest, UnknownWordsAreNamed) {
   ASSERT_EQ(warnings.size(), 2u);
   EXPECT_THAT(warnings[0], HasSubstr("\"mauve\""));
   EXPECT_THAT(warnings[1], HasSubstr("\"zebra\""));
-  EXPECT_THAT(ErrorOf<ValueError>([&] { pipeline.Generate(Prompts({"mauve zebra"})); }),
+  EXPECT_THAT(MessageOf<ValueError>([&] { pipeline.Generate(Prompts({"mauve zebra"})); }),
               HasSubstr("mauve, zebra"));
   warnings.clear();
   pipeline.Generate(Prompts({"a small red circle on a black background background"}), callbacks);
@@ -517,7 +534,7 @@ TEST_F(PipelineTest, BadOptionsAndCancelling) {
   auto generate = [&](auto change) {
     GenerateOptions options = Prompts({"red"});
     change(options);
-    return ErrorOf<ValueError>([&] { pipeline.Generate(options); });
+    return MessageOf<ValueError>([&] { pipeline.Generate(options); });
   };
   EXPECT_THAT(generate([](GenerateOptions& o) { o.steps = 0; }), HasSubstr("0"));
   EXPECT_THAT(generate([](GenerateOptions& o) { o.sampler = "heun"; }), HasSubstr("heun"));
@@ -528,6 +545,8 @@ TEST_F(PipelineTest, BadOptionsAndCancelling) {
   EXPECT_THAT(generate([](GenerateOptions& o) { o.seeds.clear(); }), HasSubstr("seeds"));
   EXPECT_THAT(generate([](GenerateOptions& o) { o.guidance_rescale = 2, o.guidance_scale = 2; }),
               HasSubstr("rescale"));
+  EXPECT_THAT(generate([](GenerateOptions& o) { o.guidance_rescale = 0.5; }),
+              HasSubstr("no effect"));
   int calls = 0;
   GenerateCallbacks callbacks;
   callbacks.cancelled = [&] { return ++calls > 2; };

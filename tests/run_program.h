@@ -5,41 +5,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <cstdlib>
-#include <filesystem>
-#include <fstream>
-#include <sstream>
+#include <cstdio>
 #include <string>
 #include <vector>
 
-namespace calotype::testing {
+#include "tests/temp_folder.h"
 
-// A fresh folder that is removed at the end of its life.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "calotype-test-XXXXXX").string();
-    path = mkdtemp(name.data());
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  std::string operator/(const std::string& name) const { return (path / name).string(); }
-  void Write(const std::filesystem::path& name, const std::string& text) const {
-    std::filesystem::create_directories((path / name).parent_path());
-    std::ofstream(path / name, std::ios::binary) << text;
-  }
-  std::filesystem::path path;
-};
-
-inline std::string ReadText(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::stringstream text;
-  text << file.rdbuf();
-  return text.str();
-}
+namespace calotype::test {
 
 struct ProgramResult {
   int code = -1;  // exit code, or 128 + signal
@@ -47,8 +19,7 @@ struct ProgramResult {
 };
 
 // Starts `arguments[0]` with its output in files of `folder`; returns the process.
-inline pid_t StartProgram(const std::vector<std::string>& arguments,
-                          const TemporaryFolder& folder) {
+inline pid_t StartProgram(const std::vector<std::string>& arguments, const TempFolder& folder) {
   pid_t process = fork();
   if (process == 0) {
     if (!freopen((folder / "out").c_str(), "w", stdout) ||
@@ -64,7 +35,7 @@ inline pid_t StartProgram(const std::vector<std::string>& arguments,
   return process;
 }
 
-inline ProgramResult FinishProgram(pid_t process, const TemporaryFolder& folder) {
+inline ProgramResult FinishProgram(pid_t process, const TempFolder& folder) {
   int status = 0;
   waitpid(process, &status, 0);
   ProgramResult result;
@@ -75,8 +46,8 @@ inline ProgramResult FinishProgram(pid_t process, const TemporaryFolder& folder)
 }
 
 inline ProgramResult RunProgram(const std::vector<std::string>& arguments) {
-  TemporaryFolder folder;
+  TempFolder folder;
   return FinishProgram(StartProgram(arguments, folder), folder);
 }
 
-}  // namespace calotype::testing
+}  // namespace calotype::test
