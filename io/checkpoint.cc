@@ -5,10 +5,10 @@
 #include <system_error>
 
 #include "core/error.h"
+#include "core/sha256.h"
 #include "io/atomic_file.h"
 #include "io/file.h"
 #include "io/safetensors.h"
-#include "core/sha256.h"
 
 namespace calotype {
 

@@ -326,10 +326,15 @@ class UNetFolderTest : public AppTest {
   // Runs the program on inputs_.
   ProgramResult Run(const std::vector<std::string>& more = {}) const {
     WriteSafetensors(folder_ / "in.safetensors", inputs_);
-    std::vector<std::string> arguments{"unet",     "--model",
-                                       fixture_.string(), "--inputs",
-                                       folder_ / "in.safetensors", "--output",
-                                       folder_ / "out.safetensors", "--threads", "1"};
+    std::vector<std::string> arguments{"unet",
+                                       "--model",
+                                       fixture_.string(),
+                                       "--inputs",
+                                       folder_ / "in.safetensors",
+                                       "--output",
+                                       folder_ / "out.safetensors",
+                                       "--threads",
+                                       "1"};
     arguments.insert(arguments.end(), more.begin(), more.end());
     return Calotype(arguments);
   }
@@ -340,8 +345,9 @@ class UNetFolderTest : public AppTest {
 };
 
 TEST_F(UNetFolderTest, GivesTheGoldenOutput) {
-  for (const std::vector<std::string>& options :
-       {std::vector<std::string>{"--backend", "eager"}, {"--backend", "jit"}, {"--winograd", "off"}}) {
+  for (const std::vector<std::string>& options : {std::vector<std::string>{"--backend", "eager"},
+                                                  {"--backend", "jit"},
+                                                  {"--winograd", "off"}}) {
     ProgramResult result = Run(options);
     ASSERT_EQ(result.code, 0) << result.err;
     EXPECT_THAT(result.out, AllOf(HasSubstr("load "), HasSubstr("compile "), HasSubstr("call "),
@@ -423,11 +429,11 @@ TEST_F(UNetFolderTest, WrongInputsAndOptionsAreNamed) {
 TEST_F(UNetFolderTest, CallsOnDemand) {
   WriteSafetensors(folder_ / "in.safetensors", inputs_);
   auto run = [&](const std::string& commands) {
-    return test::RunProgram(
-        {"/bin/sh", "-c",
-         "printf '" + commands + "' | " + CALOTYPE_BIN_DIR + "/calotype unet --on-demand --model " +
-             fixture_.string() + " --threads 1 --inputs " + (folder_ / "in.safetensors").string() +
-             " --output " + (folder_ / "out.safetensors").string()});
+    return test::RunProgram({"/bin/sh", "-c",
+                             "printf '" + commands + "' | " + CALOTYPE_BIN_DIR +
+                                 "/calotype unet --on-demand --model " + fixture_.string() +
+                                 " --threads 1 --inputs " + (folder_ / "in.safetensors").string() +
+                                 " --output " + (folder_ / "out.safetensors").string()});
   };
   ProgramResult result = run("run 0\\nrun 0.01\\n");
   ASSERT_EQ(result.code, 0) << result.err;
@@ -466,10 +472,10 @@ TEST_F(AppTest, Bench) {
 }
 
 TEST_F(AppTest, BenchWritesFiguresProfileAndTrace) {
-  ProgramResult result = Calotype({"bench", "--unet", folder_ / "unet.json", "--batch", "2",
-                                   "--seconds", "0", "--threads", "2", "--winograd", "off",
-                                   "--profile", "--json", folder_ / "bench.json", "--trace",
-                                   folder_ / "trace.json"});
+  ProgramResult result =
+      Calotype({"bench", "--unet", folder_ / "unet.json", "--batch", "2", "--seconds", "0",
+                "--threads", "2", "--winograd", "off", "--profile", "--json",
+                folder_ / "bench.json", "--trace", folder_ / "trace.json"});
   ASSERT_EQ(result.code, 0) << result.err;
   EXPECT_THAT(result.out, AllOf(HasSubstr("CPU ms"), HasSubstr("contraction")));
   json report = json::parse(ReadText(folder_ / "bench.json"));
@@ -529,9 +535,8 @@ TEST_F(AppTest, BenchWritesFiguresProfileAndTrace) {
 }
 
 TEST_F(AppTest, BenchOfKernels) {
-  ProgramResult result =
-      Calotype({"bench", "--kernels", "--only", "cross-attention", "--seconds", "0", "--threads",
-                "1", "--json", folder_ / "bench.json"});
+  ProgramResult result = Calotype({"bench", "--kernels", "--only", "cross-attention", "--seconds",
+                                   "0", "--threads", "1", "--json", folder_ / "bench.json"});
   ASSERT_EQ(result.code, 0) << result.err;
   json report = json::parse(ReadText(folder_ / "bench.json"));
   ASSERT_EQ(report["rows"].size(), 1u);
