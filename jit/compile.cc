@@ -1,5 +1,7 @@
 #include "jit/compile.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -86,6 +88,24 @@ ExecutableData::IndexCheck Convert(const IndexCheck& check) {
   return to;
 }
 
+int64_t MachineBytes() {
+  return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+}
+
+void CheckBudget(const MemoryPlan& plan, int64_t budget) {
+  Check(budget >= 0, "compile: a memory budget of {} bytes", budget);
+  const int64_t needed = CheckedAdd(
+      CheckedAdd(plan.arena_bytes, plan.persistent_bytes, "memory plan"), plan.derived_bytes,
+      "memory plan");
+  const char* whose = budget == 0 ? "the machine has" : "the budget is";
+  if (budget == 0) budget = MachineBytes();
+  Check<OutOfMemoryError>(
+      needed <= budget,
+      "compile: {} bytes of memory are needed ({} for the values of a run, {} for packed weights), "
+      "{} {} bytes; give more, a smaller batch or picture, or winograd = off",
+      needed, plan.arena_bytes, plan.persistent_bytes + plan.derived_bytes, whose, budget);
+}
+
 }  // namespace
 
 Winograd ParseWinograd(std::string_view name) {
@@ -106,6 +126,7 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
        .winograd_bytes = options.winograd == Winograd::kOff ? 0 : options.winograd_bytes,
        .rare_inputs = options.rare_inputs}));
   MemoryPlan plan = PlanMemory(*program);
+  CheckBudget(plan, options.memory_bytes);
   ExecutableData data;
   data.stats.lower_ms = MillisecondsSince(start);
 
@@ -172,7 +193,11 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
   data.stats.steps = static_cast<int>(data.steps.size());
   data.stats.prepare_steps = static_cast<int>(data.prepare.size());
   data.stats.derive_steps = static_cast<int>(data.derive.size());
-  data.stats.kernels = static_cast<int>(kernels->compiled());
+  data.stats.kernels = static_cast<int>(kernels->different());
+  data.stats.cache_hits = static_cast<int>(kernels->cache().hits);
+  data.stats.cache_misses = static_cast<int>(kernels->cache().misses);
+  data.stats.cache_unstored = static_cast<int>(kernels->cache().unstored);
+  data.stats.cache_problem = kernels->cache().problem;
   data.stats.code_bytes = kernels->code_bytes();
   data.stats.arena_bytes = plan.arena_bytes;
   data.stats.max_live_bytes = plan.max_live_bytes;

@@ -30,6 +30,9 @@ struct CompileOptions {
   // as large as the kernels, stay within winograd_bytes altogether.
   Winograd winograd = Winograd::kAuto;
   int64_t winograd_bytes = int64_t{2} << 30;
+  // The most that the values of one run and the packed weights may take, beside the parameters,
+  // inputs and outputs, which are the caller's. 0: the memory of the machine.
+  int64_t memory_bytes = 0;
   bool check = false;  // as CALOTYPE_JIT=check
   // Names of inputs that keep their value over many calls, such as a prompt's context over the
   // steps of sampling. What depends on them and on parameters alone is computed when their bytes
@@ -43,7 +46,9 @@ bool JitEnabled();
 
 // Compiles `graph` for the host. The result keeps the graph's parameters alive and needs neither
 // the graph nor its layers. Errors: UnsupportedError naming op, label and shapes of a node that
-// cannot be compiled, InternalError.
+// cannot be compiled; OutOfMemoryError naming the bytes needed if they are over the budget, before
+// anything is compiled; FileError if the folder of the compile cache cannot be used (jit/cache.h);
+// InternalError.
 std::unique_ptr<Executable> Compile(const ComputationGraph& graph,
                                     const CompileOptions& options = {});
 

@@ -2,6 +2,7 @@
 
 #include <llvm/Analysis/CGSCCPassManager.h>
 #include <llvm/Analysis/LoopAnalysisManager.h>
+#include <llvm/Config/llvm-config.h>
 #include <llvm/ExecutionEngine/JITLink/JITLinkMemoryManager.h>
 #include <llvm/ExecutionEngine/Orc/LLJIT.h>
 #include <llvm/ExecutionEngine/Orc/ObjectLinkingLayer.h>
@@ -28,7 +29,9 @@
 
 #include "core/error.h"
 #include "core/parallel.h"
+#include "core/sha256.h"
 #include "jit/emit.h"
+#include "jit/object_check.h"
 
 namespace calotype::jit {
 
@@ -160,6 +163,16 @@ std::string SymbolOf(const std::string& name, size_t number) {
 
 }  // namespace
 
+std::string CompileObject(const KernelSpec& spec, const std::string& symbol, const Target& target) {
+  llvm::SmallVector<char, 0> bytes = Compile(spec, symbol, target, /*dump_folder=*/"");
+  return {bytes.data(), bytes.size()};
+}
+
+std::string CacheKey(const KernelSpec& spec, const Target& target) {
+  return fmt::format("build {}\nllvm {}\n{}\n{}\n", kBuildId, LLVM_VERSION_STRING,
+                     ToString(target), ToString(spec));
+}
+
 CompiledKernels CompileKernels(std::span<const NamedSpec> specs, const Target& target) {
   CompiledKernels result;
   if (specs.empty()) return result;
@@ -169,6 +182,9 @@ CompiledKernels CompileKernels(std::span<const NamedSpec> specs, const Target& t
     auto [found, added] = known.try_emplace(ToString(specs[i].spec), first_use.size());
     unique_of[i] = found->second;
     if (added) first_use.push_back(i);
+    // The text is the key of the cache: it must tell all that differ.
+    Check<InternalError>(specs[i].spec == specs[first_use[found->second]].spec,
+                         "different kernels have the same text: {}", found->first);
   }
   size_t count = first_use.size();
 
@@ -180,15 +196,43 @@ CompiledKernels CompileKernels(std::span<const NamedSpec> specs, const Target& t
     Check<FileError>(!error, "CALOTYPE_DUMP: cannot create {}: {}", dump_folder, error.message());
   }
 
+  std::unique_ptr<CompileCache> cache;
+  if (dump_folder.empty()) cache = CompileCache::FromEnvironment();
+
   std::vector<llvm::SmallVector<char, 0>> objects(count);
   std::vector<std::exception_ptr> errors(count);
   std::vector<std::string> symbols(count);
-  static std::atomic<size_t> number = 0;  // symbols, and files of dumps, are unique in the process
-  for (size_t i = 0; i < count; ++i) symbols[i] = SymbolOf(specs[first_use[i]].name, number++);
+  static std::atomic<size_t> number = 0;  // files of dumps are unique in the process
+  std::atomic<int64_t> compiled = 0;
+  auto make = [&](size_t i) {
+    const NamedSpec& named = specs[first_use[i]];
+    std::string key;
+    if (cache) {
+      key = CacheKey(named.spec, target);
+      symbols[i] = "calotype_" + Sha256Of(key).substr(0, 32);
+      if (std::optional<std::string> found = cache->Find(key)) {
+        std::string problem = ObjectProblem(*found, symbols[i]);
+        if (problem.empty()) {
+          objects[i].assign(found->begin(), found->end());
+          return;
+        }
+        cache->Refuse(problem);
+      }
+    } else {
+      symbols[i] = SymbolOf(named.name, number++);
+    }
+    objects[i] = Compile(named.spec, symbols[i], target, dump_folder);
+    ++compiled;
+    std::string_view bytes(objects[i].data(), objects[i].size());
+    std::string problem = ObjectProblem(bytes, symbols[i]);
+    Check<InternalError>(problem.empty(), "the code for {} may not be linked: {}",
+                         ToString(named.spec), problem);
+    if (cache) cache->Store(key, bytes);
+  };
   ParallelFor(static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       try {
-        objects[i] = Compile(specs[first_use[i]].spec, symbols[i], target, dump_folder);
+        make(static_cast<size_t>(i));
       } catch (...) {
         errors[i] = std::current_exception();
       }
@@ -196,6 +240,10 @@ CompiledKernels CompileKernels(std::span<const NamedSpec> specs, const Target& t
   });
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
+  }
+  if (cache) {
+    if (compiled > 0) cache->Trim();
+    result.cache_ = cache->Stats();
   }
 
   result.impl_ = std::make_unique<CompiledKernels::Impl>();
@@ -220,7 +268,8 @@ CompiledKernels CompileKernels(std::span<const NamedSpec> specs, const Target& t
     functions[i] = address->toPtr<KernelFunction>();
   }
   for (size_t i = 0; i < specs.size(); ++i) result.functions_.push_back(functions[unique_of[i]]);
-  result.compiled_ = static_cast<int64_t>(count);
+  result.different_ = static_cast<int64_t>(count);
+  result.compiled_ = compiled;
   return result;
 }
 

@@ -24,6 +24,12 @@ constexpr std::string_view kV4[] = {"avx512f", "avx512bw", "avx512cd", "avx512dq
 
 }  // namespace
 
+std::string ToString(const Target& target) {
+  return fmt::format("{} {} {} width {} registers {} fma {} rounding {} masks {}", target.triple,
+                     target.cpu, target.features, target.vector_width, target.vector_registers,
+                     target.fma, target.rounding, target.masks);
+}
+
 Target MakeTarget(std::string_view level) {
   int cap = level == "native"      ? 5
             : level == "x86-64-v4" ? 4

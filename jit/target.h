@@ -18,6 +18,9 @@ struct Target {
   bool masks = false;     // loads and stores of a part of a vector are cheap
 };
 
+// All fields; equal texts give equal code.
+std::string ToString(const Target& target);
+
 // The host capped by CALOTYPE_CPU = x86-64-v2 | x86-64-v3 | x86-64-v4 | native. Found once.
 // Errors: ValueError for any other text in CALOTYPE_CPU, InternalError if LLVM has no code
 // generator for this machine.

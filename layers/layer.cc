@@ -221,12 +221,12 @@ std::string LoadReport::ToString() const {
   return text;
 }
 
-LoadReport Layer::LoadParameters(const std::map<std::string, Tensor>& tensors, bool strict) {
+LoadReport Layer::LoadParameters(std::map<std::string, Tensor> tensors, bool strict) {
   LoadReport report;
   std::unordered_map<std::string, Declaration*> known;
   size_t skip = path_.empty() ? 0 : path_.size() + 1;
   std::vector<std::pair<Layer*, Declaration*>> fitting;
-  std::vector<const Tensor*> sources;
+  std::vector<Tensor*> sources;
   Visit(*this, [&](Layer& layer, Declaration& declaration) {
     std::string path = layer.PathOf(declaration).substr(skip);
     known.emplace(path, &declaration);
@@ -252,7 +252,14 @@ LoadReport Layer::LoadParameters(const std::map<std::string, Tensor>& tensors, b
         report.ToString());
   for (size_t i = 0; i < fitting.size(); ++i) {
     auto [layer, declaration] = fitting[i];
-    layer->Storage(*declaration).Write().CopyFrom(sources[i]->To(DType::kF32));
+    Tensor source = std::move(*sources[i]);
+    if (source.dtype() != DType::kF32) source = source.To(DType::kF32);
+    if (!declaration->parameter && source.Unique()) {
+      declaration->parameter =
+          std::make_shared<Parameter>(layer->PathOf(*declaration), std::move(source));
+    } else {
+      layer->Storage(*declaration).Write().CopyFrom(source);
+    }
     declaration->has_value = true;
   }
   return report;

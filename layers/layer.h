@@ -114,8 +114,10 @@ class Layer {
   Tensor GetParameterGradients();
 
   // Copies tensors (f32 or f64) into the parameters of the same path. With `strict`, any problem is
-  // one ValueError that lists them all, and nothing is changed; otherwise what fits is loaded.
-  LoadReport LoadParameters(const std::map<std::string, Tensor>& tensors, bool strict = true);
+  // one ValueError that lists them all, and nothing is changed; otherwise what fits is loaded. An
+  // f32 tensor that nobody else holds (move the map in) becomes the storage of a parameter that has
+  // none yet, so that large models are not held twice.
+  LoadReport LoadParameters(std::map<std::string, Tensor> tensors, bool strict = true);
   // Copies of all values by path.
   std::map<std::string, Tensor> SaveParameters();
 

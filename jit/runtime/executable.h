@@ -25,7 +25,11 @@ struct ExecutableStats {
   int steps = 0;                 // kernel calls in a run
   int prepare_steps = 0;         // kernel calls after a change of parameters
   int derive_steps = 0;          // kernel calls after a change of rare inputs
-  int kernels = 0;               // different kernels compiled
+  int kernels = 0;               // different kernels
+  int cache_hits = 0;            // of them those that the compile cache held (jit/cache.h)
+  int cache_misses = 0;          // those that it did not; both 0 without a cache
+  int cache_unstored = 0;        // those that could not be stored in it
+  std::string cache_problem;     // why an entry was refused or not stored, the last one
   int64_t code_bytes = 0;        // of their object files
   int64_t arena_bytes = 0;       // memory of one run
   int64_t max_live_bytes = 0;    // the least that any plan of it can need
