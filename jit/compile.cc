@@ -170,6 +170,7 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
     data.output_names.push_back(output.name);
     data.output_types.push_back(program->graph.type(output.value));
   }
+  data.zeros = plan.zeros;
   data.parameters = program->parameters;
   data.constants = program->constants;
   auto add = [](auto& list, const auto& element) {

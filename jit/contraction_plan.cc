@@ -45,10 +45,11 @@ int64_t ContractionPlan::TilesInUnit() const {
 namespace {
 
 constexpr int kMostRows = 14, kMostVectors = 6;
-constexpr int64_t kBlockFloats = 48 * 1024;     // of the broadcast operand in one unit
-constexpr int64_t kPanelFloats = 48 * 1024;     // of the other operand in one tile; more is cut
-constexpr int64_t kSumBlockFloats = 16 * 1024;  // of it in one block of a cut sum
-constexpr int64_t kWaitingFloats = 16 * 1024;   // accumulators of a unit between those blocks
+constexpr int64_t kBlockFloats = 48 * 1024;    // of the broadcast operand in one unit
+constexpr int64_t kPanelFloats = 48 * 1024;    // of the other operand in one tile; more is cut
+constexpr int64_t kSumBlockFloats = 8 * 1024;  // of it in one block of a cut sum: a level-1 cache
+constexpr int64_t kUnits = 128;                // of a kernel with many chunks, at least
+constexpr int64_t kWaitingFloats = 16 * 1024;  // accumulators of a unit between those blocks
 
 void Arrange(const ContractionSpec& spec, ContractionPlan& plan) {
   size_t m = spec.m.size(), k = spec.k.size();
@@ -275,9 +276,11 @@ class Order {
   Order(int64_t chunks, ContractionPlan& plan) : plan_(plan) {
     streamed_ = plan.lane < 0 || plan.out[plan.lane].strides[1] != 0 ? 1 : 0;
     for (int d = 0; d < static_cast<int>(plan.out.size()); ++d) {
-      if (d == plan.lane || (plan.out[d].strides[streamed_] != 0 && plan.tile[d] > 1)) {
+      const Dim& dim = plan.out[d];
+      bool panel = dim.strides[streamed_] != 0;
+      if (d == plan.lane || (panel && (plan.tile[d] > 1 || dim.strides[1 - streamed_] == 0))) {
         plan.panels.push_back(d);
-      } else if (plan.out[d].strides[streamed_] != 0) {
+      } else if (panel) {
         plan.outer.push_back(d);
       } else {
         free_.push_back(d);
@@ -287,7 +290,8 @@ class Order {
       for (int d : *dims) units_ *= std::max<int64_t>(plan.Tiles(d), 1);
     }
     for (int d : plan.panels) panels_ *= plan.Tiles(d);
-    enough_ = chunks == 1 ? 1 : 4 * chunks;
+    // Enough for even shares of many threads; more would tear tiles apart that share a panel.
+    enough_ = chunks == 1 ? 1 : std::min<int64_t>(4 * chunks, kUnits);
     CutSum();
     for (size_t k = plan.sum_blocks; k < plan.sum.size(); ++k) {
       nest_.emplace_back(plan.sum[k].extent, plan.sum[k].strides[1 - streamed_]);
@@ -400,6 +404,14 @@ class Order {
 };
 
 }  // namespace
+
+int64_t PanelWidth(int64_t columns, const Target& target) {
+  for (int vectors : {2, 3, 4, 5}) {
+    int64_t width = static_cast<int64_t>(vectors) * target.vector_width;
+    if (columns > width && columns % width == 0) return width;
+  }
+  return 0;
+}
 
 ContractionPlan PlanContraction(const ContractionSpec& spec, const Target& target) {
   ContractionPlan plan;

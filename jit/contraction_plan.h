@@ -45,6 +45,10 @@ struct ContractionPlan {
   int64_t TilesInUnit() const;
 };
 
+// How many columns of a packed operand b should lie side by side, those of a tile: a divisor of
+// `columns`. 0 if no width suits: then all of them.
+int64_t PanelWidth(int64_t columns, const Target& target);
+
 ContractionPlan PlanContraction(const ContractionSpec& spec, const Target& target);
 
 }  // namespace calotype::jit

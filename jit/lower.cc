@@ -25,6 +25,7 @@ LoweredProgram Lowering::Run() {
   WriteUpdates();
   UpdateInPlace();
   SplitByChange(rare_inputs_);
+  ClearOnce();
   return std::move(program_);
 }
 
@@ -81,6 +82,7 @@ void Lowering::Place() {
     if (!location) {
       location =
           NewArena(layouts_[node][0], n.types[0].dtype, n.types[0].shape.elements(), LabelOf(node));
+      if (n.op == &kPadOp) padded_.insert(location->buffer);
     }
     View part = *location;
     if (n.op == &kPadOp) {
@@ -225,6 +227,9 @@ void Lowering::Assemble(int node) {
       if (start > 0) Zero(*SliceView(rest, axis, 0, start), label + " (border)");
       if (stop < size) Zero(*SliceView(rest, axis, stop, size - stop), label + " (border)");
       rest = *SliceView(rest, axis, start, inside[axis]);
+    }
+    if (padded_.count(whole.buffer)) {
+      for (size_t s = before; s < program_.steps.size(); ++s) program_.steps[s].clears = true;
     }
     if (to_copy_.count({node, 0})) Copy(ViewOf(n.inputs[0]), rest, label);
   } else {
@@ -423,7 +428,9 @@ void Lowering::SplitByChange(const std::vector<std::string>& rare_inputs) {
   std::vector<Step> steps;
   for (Step& step : program_.steps) {
     Change most = change_of(step);
-    (most == kNever ? program_.prepare : most == kRarely ? program_.derive : steps)
+    (most == kNever    ? program_.prepare
+     : most == kRarely ? program_.derive
+                       : steps)
         .push_back(std::move(step));
   }
   program_.steps = std::move(steps);
@@ -437,6 +444,24 @@ void Lowering::SplitByChange(const std::vector<std::string>& rare_inputs) {
   };
   keep(program_.prepare, Storage::kPersistent);
   keep(program_.derive, Storage::kDerived);
+}
+
+// The borders of padded values are cleared when the memory is allocated, not in every call.
+void Lowering::ClearOnce() {
+  std::vector<Step> kept;
+  for (Step& step : program_.steps) {
+    // What the step completes is checked after the one before it.
+    if (!step.clears || (!step.results.empty() && kept.empty())) {
+      kept.push_back(std::move(step));
+      continue;
+    }
+    Buffer& buffer = program_.buffers[step.buffers[0]];
+    buffer.zeros +=
+        fmt::format("{} of {} {}; ", ToString(step.spec), buffer.elements, buffer.dtype);
+    for (auto& result : step.results) kept.back().results.push_back(std::move(result));
+    --program_.copies;
+  }
+  program_.steps = std::move(kept);
 }
 
 std::string ToString(const LoweredProgram& program) {

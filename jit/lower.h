@@ -34,6 +34,9 @@ struct Buffer {
   int64_t elements = 0;
   int64_t offset = 0;  // bytes inside the arena, the persistent or the derived block: PlanMemory
   std::string label;
+  // Not empty: some elements are zeros that no step writes, the text says which. Such a buffer
+  // shares its memory only with those of the same text.
+  std::string zeros = {};
 };
 
 // One kernel call.
@@ -43,6 +46,7 @@ struct Step {
   std::string label;
   // Graph values that this step completes, with their places: what check mode compares.
   std::vector<std::pair<ValueId, View>> results;
+  bool clears = false;  // writes zeros that no other step ever changes
 };
 
 // All indices at `view` must be in [0, limit).

@@ -1,7 +1,9 @@
 // Contractions: matrix products and convolutions as sums over strided operands. The columns (n) are
 // the vector loop, so operand b needs unit stride along them; it is packed where it has not.
 #include <algorithm>
+#include <numeric>
 
+#include "jit/contraction_plan.h"
 #include "jit/lower_internal.h"
 #include "jit/lower_ops.h"
 
@@ -64,11 +66,67 @@ View Lowering::Pack(const View& view, const std::string& label) {
   return packed_[key] = packed;
 }
 
-// Packs b unless its last axis, the columns, has unit stride.
+// True for what no call changes: packing it costs once for each version of the parameters.
+bool Lowering::IsFixed(const View& view) const {
+  if (view.buffer < 0) return false;
+  const Buffer& buffer = program_.buffers[view.buffer];
+  if (buffer.storage == Storage::kConstant) return true;
+  if (buffer.storage != Storage::kParameter) return false;
+  const Parameter* parameter = program_.parameters[buffer.index].get();
+  return std::none_of(graph_.updates().begin(), graph_.updates().end(), [&](const auto& update) {
+    return graph_.node(update.target.node).parameter.get() == parameter;
+  });
+}
+
+// Few columns would leave most lanes empty. Where a has unit stride along the sum, so has b then.
+bool Lowering::MakeSumVector(const LoopOperand& a, LoopOperand& b, const std::string& label) {
+  const Target& target = HostTarget();
+  const int columns = static_cast<int>(b.view.axes.size()) - 1;
+  auto unit = [](const View& view, int axis) {
+    return !view.axes[axis].empty() && view.axes[axis].back().stride == 1;
+  };
+  const int sum = static_cast<int>(a.view.axes.size()) - 1;
+  if (2 * b.view.size(columns) > target.vector_width || !unit(a.view, sum) ||
+      a.view.axes[sum].back().extent < 2 * target.vector_width) {
+    return false;
+  }
+  if (unit(b.view, columns - 1)) return true;
+  View turned = b.view;
+  std::rotate(turned.axes.begin(), turned.axes.end() - 1, turned.axes.end());
+  turned = Pack(turned, label + " (packed)");
+  std::rotate(turned.axes.begin(), turned.axes.begin() + 1, turned.axes.end());
+  b.view = turned;
+  return true;
+}
+
+// Packs b into panels of some columns, all sums one after the other, so that a tile reads it in the
+// order of memory: [N / width][K][width]. Without a suitable width, or if b has its columns side by
+// side already and would be packed in every call, it becomes or stays [K][N].
 void Lowering::MakeVector(LoopOperand& b, const std::string& label) {
-  const Axis& n = b.view.axes.back();
-  if (n.empty() || (n.size() == 1 && n[0].stride == 1)) return;
-  b.view = Pack(b.view, label + " (packed)");
+  const Axis n = b.view.axes.back();
+  const bool vector =
+      n.empty() ||
+      (n.back().stride == 1 && (n.size() == 1 || n.back().extent >= HostTarget().vector_width));
+  if (vector && !IsFixed(b.view)) return;
+  const AtomAxis leaves = groups_.atoms.Leaves(b.axes.back());
+  int64_t columns = leaves.empty() ? 1 : groups_.atoms.extent(leaves.back());
+  if (!n.empty()) columns = std::gcd(columns, n.back().extent);
+  const int64_t width = PanelWidth(columns, HostTarget());
+  if (width == 0 || n.empty() || n.back().stride == 0) {
+    if (!vector) b.view = Pack(b.view, label + " (packed)");
+    return;
+  }
+  View split = b.view;  // panels, the other axes, columns of a panel
+  Axis panels = n;
+  panels.back() = {n.back().extent / width, n.back().stride * width};
+  split.axes.back() = {{width, n.back().stride}};
+  split.axes.insert(split.axes.begin(), Simplify(panels));
+  split = Pack(split, label + " (packed)");
+  Axis joined = split.axes.front();
+  joined.push_back(split.axes.back()[0]);
+  split.axes.erase(split.axes.begin());
+  split.axes.back() = Simplify(joined);
+  b.view = split;
 }
 
 Lowering::Contraction Lowering::MakeContraction(Group& group) {
@@ -164,7 +222,7 @@ Lowering::Contraction Lowering::MakeContraction(Group& group) {
     c.n = y[0];
     c.k = join({batch, row, column});
   }
-  MakeVector(c.b, label);
+  if (!MakeSumVector(c.a, c.b, label)) MakeVector(c.b, label);
   // Atoms that other operands have split already divide evenly as long as each axis here is whole;
   // one that is not is copied.
   auto fit = [&](LoopOperand& operand) {

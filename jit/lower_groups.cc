@@ -63,8 +63,9 @@ Groups::Groups(const ComputationGraph& graph, bool fuse) : graph_(graph) {
     if (nodes[i].op == &kWinogradOutputOp) {
       // Pixels of a tile are loops of their own from the start.
       for (int axis : {2, 3}) {
-        AtomAxis split = {atoms.New(4)};
-        if (shape[axis] > 4) split.insert(split.begin(), atoms.New(shape[axis] / 4));
+        const int64_t tile = nodes[i].attrs.Int("tile");
+        AtomAxis split = {atoms.New(tile)};
+        if (shape[axis] > tile) split.insert(split.begin(), atoms.New(shape[axis] / tile));
         group.axes[i][axis] = split;
       }
     }

@@ -28,6 +28,7 @@ class Lowering {
   void WriteUpdates();
   void UpdateInPlace();
   void SplitByChange(const std::vector<std::string>& rare_inputs);
+  void ClearOnce();
   int NewBuffer(Storage storage, int index, DType dtype, int64_t elements, std::string label);
   View NewArena(const View& layout, DType dtype, int64_t elements, const std::string& label);
   std::optional<View>& Location(ValueId value) { return locations_[value.node][value.output]; }
@@ -82,9 +83,12 @@ class Lowering {
   Contraction MakeContraction(Group& group);
   View Pack(const View& view, const std::string& label);
   View SinglePieces(ValueId value, std::initializer_list<int> axes);
+  bool IsFixed(const View& view) const;
+  bool MakeSumVector(const LoopOperand& a, LoopOperand& b, const std::string& label);
   void MakeVector(LoopOperand& b, const std::string& label);
 
   // --- Winograd's convolution (lower_winograd.cc).
+  void PlacePoints(int node, const std::string& label);
   void LowerWinogradInput(int node, const std::string& label);
   void LowerWinogradWeight(int node, const std::string& label);
   void LowerWinogradOutput(Group& group, const std::string& label);
@@ -113,6 +117,7 @@ class Lowering {
   std::map<std::pair<int, int>, View> row_major_;
   std::map<std::string, View> packed_;
   std::set<std::pair<int, int>> to_copy_;  // (Pad or Concat, input) that is not written in place
+  std::set<int> padded_;  // buffers that hold the result of one Pad and nothing else
   std::vector<bool> output_placed_;
   std::vector<std::string> rare_inputs_;
 };

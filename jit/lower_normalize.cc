@@ -160,39 +160,16 @@ std::vector<Value> EnlargedNode(ComputationGraph&, const ComputationNode& node,
   return {ConvolveEnlarged(small, inputs[1], inputs.size() == 3 ? inputs[2] : Value{})};
 }
 
-// The fewest pixels of a convolution that is computed by Winograd's algorithm: those with most
-// pixels gain most for the memory of their kernels, which altogether stay within `bytes`.
-int64_t FewestWinogradPixels(const ComputationGraph& graph, int64_t bytes) {
-  std::map<int64_t, int64_t, std::greater<>> bytes_by_pixels;
-  for (const ComputationNode& node : graph.nodes()) {
-    if (!WinogradFits(graph, node)) continue;
-    const Shape& y = node.types[0].shape;
-    bytes_by_pixels[y[0] * y[2] * y[3]] += WinogradBytes(graph, node);
-  }
-  int64_t fewest = INT64_MAX;
-  for (auto [pixels, needed] : bytes_by_pixels) {
-    bytes -= needed;
-    if (bytes < 0) break;
-    fewest = pixels;
-  }
-  return fewest;
-}
-
 // A rewrite is a plain function, so what it needs to know besides the node stands here meanwhile.
-thread_local int64_t fewest_winograd_pixels = INT64_MAX;
+thread_local std::map<const ComputationNode*, int> winograd_tiles;
 
-std::vector<Value> WinogradNode(ComputationGraph& graph, const ComputationNode& node,
+std::vector<Value> WinogradNode(ComputationGraph&, const ComputationNode& node,
                                 std::span<const Value> inputs) {
-  if (node.op != &kConv2dOp && node.op != &kConv2dInputGradientOp) return {};
-  const Shape& shape = node.types[0].shape;
-  ComputationNode mapped = node;
-  mapped.inputs = {inputs[0].id, inputs[1].id};
-  if (shape[0] * shape[2] * shape[3] < fewest_winograd_pixels || !WinogradFits(graph, mapped)) {
-    return {};
-  }
+  auto chosen = winograd_tiles.find(&node);
+  if (chosen == winograd_tiles.end()) return {};
   const bool gradient = node.op == &kConv2dInputGradientOp;
   Value x = gradient ? PadGradient(node, inputs[0], inputs[1]) : PadImage(inputs[0], node.attrs);
-  Value y = WinogradConvolution(x, inputs[1], gradient);
+  Value y = WinogradConvolution(x, inputs[1], gradient, chosen->second);
   if (inputs.size() == 3) y = y + Reshape(inputs[2], {inputs[2].dim(0), 1, 1});
   return {y};
 }
@@ -278,8 +255,12 @@ ComputationGraph Normalize(const ComputationGraph& graph, const LowerOptions& op
     current = Rebuild(current, DecomposeNode);
   }
   current = Rebuild(Optimize(current), EnlargedNode);
-  fewest_winograd_pixels = FewestWinogradPixels(current, options.winograd_bytes);
+  winograd_tiles.clear();
+  for (auto [node, tile] : ChooseWinograd(current, options.winograd_bytes)) {
+    winograd_tiles[&current.node(node)] = tile;
+  }
   current = Rebuild(current, WinogradNode);
+  winograd_tiles.clear();
   return Rebuild(current, NormalizeNode);
 }
 

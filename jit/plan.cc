@@ -1,6 +1,8 @@
 #include "jit/plan.h"
 
 #include <algorithm>
+#include <map>
+#include <string_view>
 #include <vector>
 
 namespace calotype::jit {
@@ -15,10 +17,33 @@ int64_t Bytes(const Buffer& buffer) {
 }
 
 struct Life {
-  int buffer;
+  std::vector<int> buffers;
   int first, last;
   int64_t bytes;
 };
+
+// Buffers whose zeros last: each set of them shares one place for the whole run, one after the
+// other.
+std::vector<Life> SharedPlaces(const LoweredProgram& program, std::vector<Life> lives) {
+  const int end = static_cast<int>(program.steps.size()) - 1;
+  std::stable_sort(lives.begin(), lives.end(),
+                   [](const Life& a, const Life& b) { return a.first < b.first; });
+  std::multimap<std::string_view, std::pair<int, Life>> places;  // text -> last step so far
+  for (const Life& life : lives) {
+    const std::string& zeros = program.buffers[life.buffers[0]].zeros;
+    auto [it, stop] = places.equal_range(zeros);
+    while (it != stop && it->second.first >= life.first) ++it;
+    if (it == stop) {
+      places.insert({zeros, {life.last, {life.buffers, 0, end, life.bytes}}});
+      continue;
+    }
+    it->second.first = life.last;
+    it->second.second.buffers.push_back(life.buffers[0]);
+  }
+  std::vector<Life> shared;
+  for (auto& [zeros, place] : places) shared.push_back(std::move(place.second));
+  return shared;
+}
 
 }  // namespace
 
@@ -31,7 +56,7 @@ MemoryPlan PlanMemory(LoweredProgram& program) {
       last[buffer] = static_cast<int>(s);
     }
   }
-  std::vector<Life> lives;
+  std::vector<Life> lives, with_zeros;
   for (size_t b = 0; b < program.buffers.size(); ++b) {
     Buffer& buffer = program.buffers[b];
     if (buffer.storage == Storage::kPersistent || buffer.storage == Storage::kDerived) {
@@ -41,8 +66,10 @@ MemoryPlan PlanMemory(LoweredProgram& program) {
       bytes = CheckedAdd(bytes, Bytes(buffer), "memory plan");
     }
     if (buffer.storage != Storage::kArena || first[b] < 0) continue;
-    lives.push_back({static_cast<int>(b), first[b], last[b], Bytes(buffer)});
+    (buffer.zeros.empty() ? lives : with_zeros)
+        .push_back({{static_cast<int>(b)}, first[b], last[b], Bytes(buffer)});
   }
+  for (Life& life : SharedPlaces(program, with_zeros)) lives.push_back(std::move(life));
 
   std::vector<int64_t> change(program.steps.size() + 1, 0);
   for (const Life& life : lives) {
@@ -62,7 +89,10 @@ MemoryPlan PlanMemory(LoweredProgram& program) {
       if (offset + life.bytes <= start) break;
       offset = std::max(offset, start + other.bytes);
     }
-    program.buffers[life.buffer].offset = offset;
+    for (int buffer : life.buffers) program.buffers[buffer].offset = offset;
+    if (!program.buffers[life.buffers[0]].zeros.empty()) {
+      plan.zeros.emplace_back(offset, life.bytes);
+    }
     auto at = std::upper_bound(placed.begin(), placed.end(), offset,
                                [](int64_t x, const auto& p) { return x < p.first; });
     placed.insert(at, {offset, life});

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <numeric>
 #include <thread>
 
@@ -166,6 +167,10 @@ void* Executable::Address(const Buffer& buffer, const Places& places) {
 std::unique_ptr<Executable::Workspace> Executable::NewWorkspace() const {
   auto workspace = std::make_unique<Workspace>();
   workspace->arena = AllocateStorage(std::max<int64_t>(data_.stats.arena_bytes, 64));
+  for (auto [offset, bytes] : data_.zeros) {
+    std::memset(static_cast<std::byte*>(workspace->arena.get()) + offset, 0,
+                static_cast<size_t>(bytes));
+  }
   for (const Step& step : data_.steps) {
     for (int b : step.buffers) {
       const Buffer& buffer = data_.buffers[b];

@@ -80,6 +80,8 @@ struct ExecutableData {
   std::vector<Buffer> buffers;
   std::vector<Step> prepare, derive, steps;
   std::vector<IndexCheck> checks;
+  // Parts of the arena, offset and bytes, that are zero before the first run.
+  std::vector<std::pair<int64_t, int64_t>> zeros;
   std::vector<ParameterPtr> parameters;  // all that the code reads or writes
   std::vector<ParameterPtr> packed;      // read by the prepare and derive steps
   std::vector<int> rare_inputs;          // read by the derive steps
