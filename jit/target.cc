@@ -7,7 +7,9 @@
 #include <llvm/TargetParser/Host.h>
 #include <llvm/TargetParser/Triple.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <mutex>
 
@@ -30,13 +32,27 @@ std::string ToString(const Target& target) {
                      target.fma, target.rounding, target.masks);
 }
 
+Target GenericTarget(std::string_view triple) {
+  llvm::Triple parsed{llvm::StringRef(triple)};
+  Target target;
+  target.triple = std::string(triple);
+  target.cpu = parsed.getArch() == llvm::Triple::x86_64 ? "x86-64" : "generic";
+  if (parsed.isAArch64()) {
+    target.vector_registers = 32;
+    target.fma = target.rounding = true;
+  }
+  return target;
+}
+
 Target MakeTarget(std::string_view level) {
   int cap = level == "native"      ? 5
             : level == "x86-64-v4" ? 4
             : level == "x86-64-v3" ? 3
             : level == "x86-64-v2" ? 2
+            : level == "x86-64"    ? 1
                                    : 0;
-  Check(cap > 0, "CALOTYPE_CPU is \"{}\"; it must be x86-64-v2, x86-64-v3, x86-64-v4 or native",
+  Check(cap > 0,
+        "CALOTYPE_CPU is \"{}\"; it must be x86-64, x86-64-v2, x86-64-v3, x86-64-v4 or native",
         level);
   static std::once_flag initialised;
   std::call_once(initialised, [] {
@@ -45,45 +61,33 @@ Target MakeTarget(std::string_view level) {
     llvm::InitializeNativeTargetAsmParser();
   });
 
-  Target target;
-  target.triple = llvm::sys::getProcessTriple();
+  Target target = GenericTarget(llvm::sys::getProcessTriple());
   std::map<std::string, bool, std::less<>> host;  // sorted, so that the text is canonical
   for (const auto& feature : llvm::sys::getHostCPUFeatures()) {
     host[feature.getKey().str()] = feature.getValue();
   }
+  // The host's own name and features, so that a feature which a hypervisor hides stays unused.
+  auto use_host = [&] {
+    target.cpu = llvm::sys::getHostCPUName().str();
+    for (const auto& [name, on] : host) {
+      target.features +=
+          fmt::format("{}{}{}", target.features.empty() ? "" : ",", on ? '+' : '-', name);
+    }
+  };
+  if (llvm::Triple(target.triple).getArch() != llvm::Triple::x86_64) {
+    use_host();
+    return target;
+  }
+
   auto has = [&](std::string_view name) {
     auto found = host.find(name);
     return found != host.end() && found->second;
   };
-  auto has_all = [&](auto& names) {
-    for (std::string_view name : names) {
-      if (!has(name)) return false;
-    }
-    return true;
-  };
-
-  if (llvm::Triple(target.triple).getArch() != llvm::Triple::x86_64) {
-    target.cpu = llvm::sys::getHostCPUName().str();
-    for (const auto& [name, on] : host) {
-      target.features +=
-          fmt::format("{}{}{}", target.features.empty() ? "" : ",", on ? '+' : '-', name);
-    }
-    bool arm = llvm::Triple(target.triple).isAArch64();
-    target.vector_registers = arm ? 32 : 16;
-    target.fma = target.rounding = arm;
-    return target;
-  }
-
+  auto has_all = [&](auto& names) { return std::all_of(std::begin(names), std::end(names), has); };
   int level_of_host = !has("sse4.2") ? 1 : !has_all(kV3) ? 2 : !has_all(kV4) ? 3 : 4;
   if (cap > level_of_host) {
-    // The host's own name and features, so that a feature which a hypervisor hides stays unused.
-    target.cpu = llvm::sys::getHostCPUName().str();
-    for (const auto& [name, on] : host) {
-      target.features +=
-          fmt::format("{}{}{}", target.features.empty() ? "" : ",", on ? '+' : '-', name);
-    }
-    if (cap == 5) cap = level_of_host;
-  } else {
+    use_host();
+  } else if (cap > 1) {
     target.cpu = fmt::format("x86-64-v{}", cap);
   }
   cap = std::min(cap, level_of_host);

@@ -21,7 +21,7 @@ struct Target {
 // All fields; equal texts give equal code.
 std::string ToString(const Target& target);
 
-// The host capped by CALOTYPE_CPU = x86-64-v2 | x86-64-v3 | x86-64-v4 | native. Found once.
+// The host capped by CALOTYPE_CPU = x86-64 | x86-64-v2 | x86-64-v3 | x86-64-v4 | native. Found once.
 // Errors: ValueError for any other text in CALOTYPE_CPU, InternalError if LLVM has no code
 // generator for this machine.
 const Target& HostTarget();
@@ -29,5 +29,10 @@ const Target& HostTarget();
 // The host capped by `level`, one of the texts above; a level above the host's gives the host's.
 // Errors: as HostTarget().
 Target MakeTarget(std::string_view level);
+
+// What every processor of the architecture of `triple` has, for object files for other machines:
+// SSE2 on x86-64, NEON on AArch64; four lanes anywhere else. Whoever compiles for it initialises
+// LLVM's code generator of that architecture first.
+Target GenericTarget(std::string_view triple);
 
 }  // namespace calotype::jit
