@@ -28,8 +28,8 @@ class TorchRandom {
   // waits for the next such call; more in blocks of 16, the last of which starts over if the count
   // is no multiple of 16. Errors: ShapeError for an integer dtype.
   Tensor NormalTensor(const Shape& shape, DType dtype = DType::kF32);
-  // torch.randint(low, high, shape), i64: 32 bits modulo the range, from 2^28 numbers on 64 (PyTorch
-  // before 2.7: from 2^32 on). Errors: ValueError unless low < high.
+  // torch.randint(low, high, shape), i64: 32 bits modulo the range, from 2^28 numbers on 64
+  // (PyTorch before 2.7: from 2^32 on). Errors: ValueError unless low < high.
   Tensor IntegerTensor(int64_t low, int64_t high, const Shape& shape);
 
  private:
