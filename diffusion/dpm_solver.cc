@@ -46,8 +46,9 @@ std::vector<double> DpmSolverMultistepScheduler::ChooseTimesteps(int64_t steps) 
     for (int64_t i = steps; i > 0; --i)
       timesteps.push_back(std::nearbyint(static_cast<double>(i) * ((first - 1) / n)));
   } else if (c.timestep_spacing == "leading") {
+    const int64_t stride = last / (steps + 1);
     for (int64_t i = steps; i > 0; --i)
-      timesteps.push_back(static_cast<double>(i * (last / (steps + 1)) + c.steps_offset));
+      timesteps.push_back(static_cast<double>(i * stride + c.steps_offset));
   } else {
     for (int64_t i = 0; i < steps && i * static_cast<int64_t>(table.size()) < last * steps; ++i)
       timesteps.push_back(std::nearbyint(first - static_cast<double>(i) * (T / n)) - 1);

@@ -48,11 +48,12 @@ std::vector<double> Scheduler::ChooseTimesteps(int64_t steps) {
   const int64_t T = noise_schedule_.size();
   std::vector<double> timesteps(static_cast<size_t>(steps));
   const double n = static_cast<double>(steps), last = static_cast<double>(T - 1);
+  const int64_t stride = T / steps;
   for (int64_t i = 0; i < steps; ++i) {
     const double x = static_cast<double>(i);
     double t;
     if (config_.timestep_spacing == "leading") {
-      t = static_cast<double>((steps - 1 - i) * (T / steps) + config_.steps_offset);
+      t = static_cast<double>((steps - 1 - i) * stride + config_.steps_offset);
     } else if (config_.timestep_spacing == "linspace") {
       const double step = steps > 1 ? last / (n - 1) : 0;
       t = std::nearbyint((n - 1 - x) * step);
