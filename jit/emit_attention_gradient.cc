@@ -1,6 +1,6 @@
 // AttentionGradientSpec: for each head, blocks of queries against blocks of keys, probabilities
-// recomputed from lse. One head is one unit of work, so that the sums of dk and dv run in a fixed
-// order; they grow in the outputs themselves.
+// recomputed from lse. One part of the queries of one head is one unit of work, so that the sums of
+// dk and dv run in a fixed order; they grow in the outputs themselves.
 #include <algorithm>
 #include <limits>
 #include <numbers>
@@ -27,6 +27,8 @@ class AttentionGradientEmitter : AttentionTiles {
     Check<UnsupportedError>(
         !shared_ || (shared_k && shared_v),
         "attention gradient: k and v must both or neither be shared by the batch");
+    Check<InternalError>(spec.part >= 0 && spec.part % 64 == 0,
+                         "attention gradient kernel: parts of {} queries", spec.part);
     CheckScratch(2 * spec_.head_dim + spec_.value_dim + 2 * KeyBlock() + 2);
     queries_ = e.Scratch(spec_.head_dim * lanes_);
     dqueries_ = e.Scratch(spec_.head_dim * lanes_);
@@ -37,11 +39,13 @@ class AttentionGradientEmitter : AttentionTiles {
 
   void Emit() {
     int64_t batches = shared_ ? 1 : spec_.batch;
-    auto [first, last] = e_.Units(batches * spec_.heads, Chunks(KernelSpec(spec_g_)));
+    const int64_t parts = spec_g_.Parts();
+    auto [first, last] = e_.Units(batches * spec_.heads * parts, Chunks(KernelSpec(spec_g_)));
     e_.For(first, last, 1, [&](Value* unit) {
-      Values index = e_.Unflatten(unit, std::vector<int64_t>{batches, spec_.heads});
-      Zero(Head(spec_g_.dk, index[0], index[1]), spec_g_.dk, spec_.head_dim);
-      Zero(Head(spec_g_.dv, index[0], index[1]), spec_g_.dv, spec_.value_dim);
+      Values index = e_.Unflatten(unit, std::vector<int64_t>{batches, spec_.heads, parts});
+      part_ = index[2];
+      Zero(PartHead(spec_g_.dk, index[0], index[1]), spec_g_.dk, spec_.head_dim);
+      Zero(PartHead(spec_g_.dv, index[0], index[1]), spec_g_.dv, spec_.value_dim);
       if (shared_) {
         e_.For(spec_.batch, [&](Value* batch) { EmitHead(batch, index[1]); });
       } else {
@@ -65,10 +69,22 @@ class AttentionGradientEmitter : AttentionTiles {
     });
   }
 
+  // The part's own dk or dv.
+  Value* PartHead(const Operand& operand, Value* batch, Value* head) {
+    int64_t step = &operand == &spec_g_.dk ? spec_g_.dk_step : spec_g_.dv_step;
+    return e_.At(Head(operand, batch, head), DType::kF32, part_, step);
+  }
+
   void EmitHead(Value* batch, Value* head) {
-    int64_t full = spec_.queries / lanes_, rest = spec_.queries % lanes_;
-    e_.For(full, [&](Value* number) { EmitQueries(batch, head, e_.Mul(number, lanes_), lanes_); });
-    if (rest > 0) EmitQueries(batch, head, e_.I64(full * lanes_), rest);
+    const int64_t full = spec_.queries / lanes_, rest = spec_.queries % lanes_;
+    const int64_t parts = spec_g_.Parts(), blocks = parts > 1 ? spec_g_.part / lanes_ : full;
+    Value* first = e_.Mul(part_, blocks);
+    Value* last = e_.Min(e_.Add(first, e_.I64(blocks)), e_.I64(full));
+    e_.For(first, last, 1,
+           [&](Value* number) { EmitQueries(batch, head, e_.Mul(number, lanes_), lanes_); });
+    if (rest == 0) return;
+    e_.If(e_.b.CreateICmpEQ(part_, e_.I64(parts - 1)),
+          [&] { EmitQueries(batch, head, e_.I64(full * lanes_), rest); });
   }
 
   void EmitQueries(Value* batch, Value* head, Value* query, int64_t valid) {
@@ -179,8 +195,12 @@ class AttentionGradientEmitter : AttentionTiles {
           SetVector(sums[r * vectors_ + v], Row(dqueries_, d), r, v);
       }
     });
-    AddOuter(count, dscores_, query_rows_, spec_.q, spec_.head_dim, rows(spec_g_.dk), spec_g_.dk);
-    AddOuter(count, weights_, dout_rows_, spec_g_.dout, spec_.value_dim, rows(spec_g_.dv),
+    auto part_rows = [&](const Operand& operand) {
+      return e_.At(PartHead(operand, batch_, head_), DType::kF32, first, operand.strides[2]);
+    };
+    AddOuter(count, dscores_, query_rows_, spec_.q, spec_.head_dim, part_rows(spec_g_.dk),
+             spec_g_.dk);
+    AddOuter(count, weights_, dout_rows_, spec_g_.dout, spec_.value_dim, part_rows(spec_g_.dv),
              spec_g_.dv);
   }
 
@@ -217,7 +237,7 @@ class AttentionGradientEmitter : AttentionTiles {
   const AttentionGradientSpec& spec_g_;
   bool shared_ = false;
   Value *queries_, *dqueries_, *douts_, *weights_, *dscores_;  // scratch
-  Value *batch_ = nullptr, *head_ = nullptr, *query_ = nullptr, *mask_ = nullptr;
+  Value *part_ = nullptr, *batch_ = nullptr, *head_ = nullptr, *query_ = nullptr, *mask_ = nullptr;
   Value *query_rows_ = nullptr, *dout_rows_ = nullptr;
   Values delta_, lse_;
   int64_t valid_ = 0;

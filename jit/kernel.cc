@@ -54,8 +54,9 @@ struct Printer {
         Text(s.q), Text(s.k), Text(s.v), Text(s.mask), Text(s.out), Text(s.lse));
   }
   std::string operator()(const AttentionGradientSpec& s) const {
-    return fmt::format("attention gradient of ({}) dout {} dq {} dk {} dv {}", (*this)(s.forward),
-                       Text(s.dout), Text(s.dq), Text(s.dk), Text(s.dv));
+    return fmt::format("attention gradient of ({}) dout {} dq {} dk {} dv {} part {} {} {}",
+                       (*this)(s.forward), Text(s.dout), Text(s.dq), Text(s.dk), Text(s.dv), s.part,
+                       s.dk_step, s.dv_step);
   }
   std::string operator()(const GatherSpec& s) const {
     return fmt::format("gather outer {} index {} inner {} of {} x {} indices {} out {}",
@@ -112,7 +113,8 @@ struct Estimate {
   }
   Work operator()(const AttentionGradientSpec& s) const {
     Work forward = (*this)(s.forward);
-    return {3 * forward.nanoseconds, static_cast<double>(s.forward.batch * s.forward.heads)};
+    return {3 * forward.nanoseconds,
+            static_cast<double>(s.forward.batch * s.forward.heads * s.Parts())};
   }
   Work operator()(const GatherSpec& s) const {
     double n = Count(s.outer) * Count(s.index) * Count(s.inner);

@@ -86,10 +86,14 @@ struct AttentionSpec {
 
 // The gradients of AttentionSpec from dout, with probabilities recomputed from lse. dq, dk, dv and
 // (has_dmask) the gradient of the unreduced scores are written; out and dout give D = sum(out
-// dout).
+// dout). With part > 0 the queries are cut into parts of so many (a multiple of 64), and what part p
+// adds to dk and dv is written dk_step * p and dv_step * p elements further on: the sum over the
+// parts, which may be computed at the same time, is left to the caller.
 struct AttentionGradientSpec {
   AttentionSpec forward;
   Operand dout, dq, dk, dv;
+  int64_t part = 0, dk_step = 0, dv_step = 0;
+  int64_t Parts() const { return part > 0 ? (forward.queries + part - 1) / part : 1; }
   bool operator==(const AttentionGradientSpec&) const = default;
 };
 

@@ -182,6 +182,17 @@ void Lowering::LowerPhilox(int node, const std::string& label) {
   AddStep(std::move(spec), label);
 }
 
+// How many queries form a part of the gradient, 0 for all: so many that few heads still give work to
+// every thread. A part pays for the sums that it writes if it has many queries.
+int64_t GradientPart(const AttentionSpec& s) {
+  constexpr int64_t kUnits = 16, kLeast = 128, kWork = 1 << 20;
+  int64_t wanted = kUnits / (s.batch * s.heads);
+  int64_t work = s.queries * s.keys * (s.head_dim + s.value_dim);
+  wanted = std::min({wanted, s.queries / kLeast, work / kWork});
+  if (wanted < 2) return 0;
+  return ((s.queries + wanted - 1) / wanted + 63) / 64 * 64;
+}
+
 // The operand of [batch, tokens, heads * width] data along (b, h, token, width).
 std::optional<Operand> Lowering::TokenOperand(const View& view, int64_t batch, int64_t heads) {
   int64_t tokens = view.size(1), width = view.size(2) / heads;
@@ -265,7 +276,42 @@ void Lowering::LowerAttentionGradient(int node, const std::string& label) {
   spec.dq = TokenOutput(node, 0, batch, heads, label);
   spec.dk = TokenOutput(node, 1, batch, heads, label);
   spec.dv = TokenOutput(node, 2, batch, heads, label);
-  AddStep(std::move(spec), label);
+  const int64_t keys = spec.forward.keys;
+  spec.part = GradientPart(spec.forward);
+  if (spec.part == 0) {
+    AddStep(std::move(spec), label);
+    return;
+  }
+  // Each part of the queries gives sums of its own, which are added up in order.
+  struct Sum {
+    Operand target;
+    View parts;
+    int64_t width, step;
+  };
+  std::vector<Sum> sums;
+  for (auto [operand, step, width] :
+       {std::tuple{&spec.dk, &spec.dk_step, spec.forward.head_dim},
+        std::tuple{&spec.dv, &spec.dv_step, spec.forward.value_dim}}) {
+    *step = batch * keys * heads * width;
+    Shape shape{spec.Parts(), batch, keys, heads * width};
+    View parts = NewArena(RowMajor(-1, DType::kF32, shape), DType::kF32, shape.elements(),
+                          label + " (parts)");
+    sums.push_back({*operand, parts, width, *step});
+    *operand = MakeOperand(parts, {keys * heads * width, width, heads * width, 1});
+  }
+  const int64_t parts = spec.Parts();
+  AddStep(std::move(spec), label + " (parts)");
+  for (const Sum& sum : sums) {
+    ReduceSpec add;
+    add.extents = {batch, heads, keys, sum.width};
+    add.reduced = {parts};
+    add.inputs = {MakeOperand(
+        sum.parts, {keys * heads * sum.width, sum.width, heads * sum.width, 1, sum.step})};
+    ProgramBuilder builder(groups_.atoms, 1);
+    add.program = add.epilogue.program = builder.Finish({builder.Reserved(0)});
+    add.epilogue.outputs = {sum.target};
+    AddReduce(std::move(add), label + " (sum of parts)");
+  }
 }
 
 }  // namespace calotype::jit

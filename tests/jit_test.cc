@@ -300,6 +300,29 @@ TEST(Attention, OverManyKeys) {
   }
 }
 
+// One head: the queries are cut into parts that give work to several threads.
+TEST(Attention, GradientOfOneHeadInParts) {
+  ComputationGraph graph;
+  Value q = graph.Input("q", {1, 530, 24}), k = graph.Input("k", {1, 150, 24});
+  Value v = graph.Input("v", {1, 150, 20}), dout = graph.Input("dout", {1, 530, 20});
+  Value out = Attention(q, k, v, {.scale = 0.2}).out;
+  std::vector<Value> gradients = Gradients({{out}}, {{dout}}, {{q, k, v}});
+  for (size_t i = 0; i < 3; ++i) graph.Output(fmt::format("d{}", i), gradients[i]);
+  std::vector<Tensor> inputs = Randoms(graph), reference = Interpreter(graph).RunReference(inputs);
+  auto compiled = Compile(graph);
+  EXPECT_EQ(compiled->Stats().steps, 4);  // forward, gradient, the sums of two
+  int threads = Threads();
+  SetThreads(1);
+  std::vector<Tensor> one = compiled->Run(inputs);
+  SetThreads(3);
+  std::vector<Tensor> three = compiled->Run(inputs);
+  SetThreads(threads);
+  for (size_t i = 0; i < 3; ++i) {
+    EXPECT_TRUE(Compare(one[i], three[i]).bits_equal) << "output " << i;
+    EXPECT_LE(Compare(one[i], reference[i].To(DType::kF32)).worst, 4e-6) << "output " << i;
+  }
+}
+
 TEST(Views, ConcatenationIsWrittenInPlace) {
   ComputationGraph graph;
   Value x = graph.Input("x", {2, 4, 5, 5});

@@ -199,10 +199,11 @@ inline void Run(const AttentionGradientSpec& g, void* const* p) {
     return std::vector<double>(Position(o, {s.batch - 1, s.heads - 1, rows - 1, columns - 1}) + 1,
                                0.0);
   };
-  std::vector<double> dq = sums(g.dq, s.queries, s.head_dim), dk = sums(g.dk, s.keys, s.head_dim),
-                      dv = sums(g.dv, s.keys, s.value_dim);
+  std::vector<double> dq = sums(g.dq, s.queries, s.head_dim);
+  std::vector<std::vector<double>> dk(g.Parts(), sums(g.dk, s.keys, s.head_dim)),
+      dv(g.Parts(), sums(g.dv, s.keys, s.value_dim));
   ForEach({s.batch, s.heads, s.queries}, [&](const Index& x) {
-    int64_t b = x[0], h = x[1], i = x[2];
+    int64_t b = x[0], h = x[1], i = x[2], part = g.part > 0 ? i / g.part : 0;
     Softmax softmax = Weights(s, p, b, h, i);
     std::vector<double> dweights(s.keys, 0.0);
     double delta = 0;
@@ -210,7 +211,7 @@ inline void Run(const AttentionGradientSpec& g, void* const* p) {
       for (int64_t d = 0; d < s.value_dim; ++d) {
         double dout = Read(g.dout, p, {b, h, i, d});
         dweights[j] += dout * Read(s.v, p, {b, h, j, d});
-        add(dv, g.dv, {b, h, j, d}, softmax.weights[j] * dout);
+        add(dv[part], g.dv, {b, h, j, d}, softmax.weights[j] * dout);
       }
       delta += softmax.weights[j] * dweights[j];
     }
@@ -218,18 +219,22 @@ inline void Run(const AttentionGradientSpec& g, void* const* p) {
       double dscore = s.scale * softmax.weights[j] * (dweights[j] - delta);
       for (int64_t d = 0; d < s.head_dim; ++d) {
         add(dq, g.dq, {b, h, i, d}, dscore * Read(s.k, p, {b, h, j, d}));
-        add(dk, g.dk, {b, h, j, d}, dscore * Read(s.q, p, {b, h, i, d}));
+        add(dk[part], g.dk, {b, h, j, d}, dscore * Read(s.q, p, {b, h, i, d}));
       }
     }
   });
-  auto store = [&](const std::vector<double>& from, const Operand& o, int64_t rows,
-                   int64_t columns) {
+  auto store = [&](const std::vector<double>& from, const Operand& o, int64_t rows, int64_t columns,
+                   int64_t shift = 0) {
+    Operand to = o;
+    to.offset += shift;
     ForEach({s.batch, s.heads, rows, columns},
-            [&](const Index& x) { At(o, p, x) = static_cast<float>(from[Position(o, x)]); });
+            [&](const Index& x) { At(to, p, x) = static_cast<float>(from[Position(o, x)]); });
   };
   store(dq, g.dq, s.queries, s.head_dim);
-  store(dk, g.dk, s.keys, s.head_dim);
-  store(dv, g.dv, s.keys, s.value_dim);
+  for (int64_t part = 0; part < g.Parts(); ++part) {
+    store(dk[part], g.dk, s.keys, s.head_dim, part * g.dk_step);
+    store(dv[part], g.dv, s.keys, s.value_dim, part * g.dv_step);
+  }
 }
 
 inline int64_t ReadIndex(const Operand& indices, void* const* p, const Index& i) {
