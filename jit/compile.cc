@@ -94,9 +94,9 @@ int64_t MachineBytes() {
 
 void CheckBudget(const MemoryPlan& plan, int64_t budget) {
   Check(budget >= 0, "compile: a memory budget of {} bytes", budget);
-  const int64_t needed = CheckedAdd(
-      CheckedAdd(plan.arena_bytes, plan.persistent_bytes, "memory plan"), plan.derived_bytes,
-      "memory plan");
+  const int64_t needed =
+      CheckedAdd(CheckedAdd(plan.arena_bytes, plan.persistent_bytes, "memory plan"),
+                 plan.derived_bytes, "memory plan");
   const char* whose = budget == 0 ? "the machine has" : "the budget is";
   if (budget == 0) budget = MachineBytes();
   Check<OutOfMemoryError>(
@@ -121,10 +121,9 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
   Check<UnsupportedError>(mode != Mode::kOff, "compile: CALOTYPE_JIT=off forbids it; run eagerly");
   auto start = std::chrono::steady_clock::now();
   auto program = std::make_shared<LoweredProgram>(Lower(
-      graph,
-      {.fuse = options.fuse && PassEnabled("fuse"),
-       .winograd_bytes = options.winograd == Winograd::kOff ? 0 : options.winograd_bytes,
-       .rare_inputs = options.rare_inputs}));
+      graph, {.fuse = options.fuse && PassEnabled("fuse"),
+              .winograd_bytes = options.winograd == Winograd::kOff ? 0 : options.winograd_bytes,
+              .rare_inputs = options.rare_inputs}));
   MemoryPlan plan = PlanMemory(*program);
   CheckBudget(plan, options.memory_bytes);
   ExecutableData data;

@@ -242,8 +242,8 @@ class AttentionEmitter : AttentionTiles {
     constexpr int64_t kCacheBytes = 128 * 1024, kMost = 8, kUnits = 64;
     int64_t depth = spec_.head_dim + spec_.value_dim;
     if (one_block_ || 4 * spec_.keys * depth <= kCacheBytes) return 1;
-    int64_t groups = std::min({kMost, kCacheBytes / (4 * lanes_ * depth),
-                               spec_.batch * spec_.heads * blocks_ / kUnits});
+    int64_t groups = std::min(
+        {kMost, kCacheBytes / (4 * lanes_ * depth), spec_.batch * spec_.heads * blocks_ / kUnits});
     return std::max<int64_t>(1, groups);
   }
 
@@ -347,8 +347,9 @@ class AttentionEmitter : AttentionTiles {
 
   Block BlockAt(Value* first, int64_t count) {
     const auto &k = spec_.k.strides, &v = spec_.v.strides;
-    return {first, count, e_.At(key_, DType::kF32, first, k[2]), k[2], k[3],
-            e_.At(value_, DType::kF32, first, v[2]), v[2], v[3]};
+    return {first, count, e_.At(key_, DType::kF32, first, k[2]),
+            k[2],  k[3],  e_.At(value_, DType::kF32, first, v[2]),
+            v[2],  v[3]};
   }
 
   // The same keys and values, row after row.
@@ -426,7 +427,7 @@ class AttentionEmitter : AttentionTiles {
   Values Zeros(int rows) { return Values(rows * vectors_, e_.Splat(0.0, width_)); }
 
   const bool one_block_;
-  const int64_t blocks_, groups_;  // whole groups of queries; groups of one unit
+  const int64_t blocks_, groups_;                // whole groups of queries; groups of one unit
   Value *queries_, *weights_, *sums_, *states_;  // scratch; a state: maximum, sum
   Value *packed_keys_ = nullptr, *packed_values_ = nullptr;
   // Of the group at hand.

@@ -86,8 +86,8 @@ struct AttentionSpec {
 
 // The gradients of AttentionSpec from dout, with probabilities recomputed from lse. dq, dk, dv and
 // (has_dmask) the gradient of the unreduced scores are written; out and dout give D = sum(out
-// dout). With part > 0 the queries are cut into parts of so many (a multiple of 64), and what part p
-// adds to dk and dv is written dk_step * p and dv_step * p elements further on: the sum over the
+// dout). With part > 0 the queries are cut into parts of so many (a multiple of 64), and what part
+// p adds to dk and dv is written dk_step * p and dv_step * p elements further on: the sum over the
 // parts, which may be computed at the same time, is left to the caller.
 struct AttentionGradientSpec {
   AttentionSpec forward;

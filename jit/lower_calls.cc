@@ -182,8 +182,8 @@ void Lowering::LowerPhilox(int node, const std::string& label) {
   AddStep(std::move(spec), label);
 }
 
-// How many queries form a part of the gradient, 0 for all: so many that few heads still give work to
-// every thread. A part pays for the sums that it writes if it has many queries.
+// How many queries form a part of the gradient, 0 for all: so many that few heads still give work
+// to every thread. A part pays for the sums that it writes if it has many queries.
 int64_t GradientPart(const AttentionSpec& s) {
   constexpr int64_t kUnits = 16, kLeast = 128, kWork = 1 << 20;
   int64_t wanted = kUnits / (s.batch * s.heads);

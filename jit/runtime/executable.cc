@@ -154,8 +154,7 @@ void* Executable::Address(const Buffer& buffer, const Places& places) {
     case Buffer::kDerived:
       return at(places.derived);
     case Buffer::kInput:
-      return places.inputs.empty() ? nullptr
-                                   : const_cast<void*>(places.inputs[buffer.index].raw());
+      return places.inputs.empty() ? nullptr : const_cast<void*>(places.inputs[buffer.index].raw());
     case Buffer::kOutput:
       return places.outputs.empty() ? nullptr : places.outputs[buffer.index].raw();
     case Buffer::kFixed:
@@ -178,8 +177,8 @@ std::unique_ptr<Executable::Workspace> Executable::NewWorkspace() const {
         workspace->patches.push_back({workspace->pointers.size(), b});
       }
       bool own = buffer.kind == Buffer::kArena || buffer.kind == Buffer::kFixed;
-      workspace->pointers.push_back(
-          own ? Address(buffer, {.arena = workspace->arena.get()}) : nullptr);
+      workspace->pointers.push_back(own ? Address(buffer, {.arena = workspace->arena.get()})
+                                        : nullptr);
     }
   }
   return workspace;
@@ -236,9 +235,9 @@ std::shared_ptr<Executable::Derived> Executable::Derive(const Prepared& prepared
     next->inputs[i].CopyFrom(inputs[data_.rare_inputs[i]]);
   }
   RunSteps(data_.derive, {.persistent = prepared.memory.get(),
-                         .derived = next->memory.get(),
-                         .inputs = inputs,
-                         .outputs = {}});
+                          .derived = next->memory.get(),
+                          .inputs = inputs,
+                          .outputs = {}});
   next->prepared = prepared.number;
   ++derivations_;
   return derived_ = next;
@@ -370,8 +369,7 @@ void Executable::RunOnce(std::span<const Tensor> inputs, std::span<Tensor> outpu
                          RunProfile* profile) {
   CheckArguments(inputs, outputs);
   std::shared_ptr<Prepared> prepared = Prepare();
-  Places places{
-      .persistent = prepared->memory.get(), .inputs = inputs, .outputs = outputs};
+  Places places{.persistent = prepared->memory.get(), .inputs = inputs, .outputs = outputs};
   CheckIndices(places);
   std::shared_ptr<Derived> derived = Derive(*prepared, inputs);
   if (derived) places.derived = derived->memory.get();

@@ -132,8 +132,8 @@ class Executable {
   void RunSteps(const std::vector<ExecutableData::Step>& steps, const Places& places) const;
   void Execute(const std::vector<ExecutableData::Step>& steps, void* const* pointers);
   void RunOnce(std::span<const Tensor> inputs, std::span<Tensor> outputs, RunProfile* profile);
-  void ExecuteWatched(void* const* pointers, StepChecker* checker,
-                      std::span<void* const> addresses, RunProfile* profile);
+  void ExecuteWatched(void* const* pointers, StepChecker* checker, std::span<void* const> addresses,
+                      RunProfile* profile);
 
   ExecutableData data_;
   std::mutex mutex_;  // guards prepared_, derived_ and free_
