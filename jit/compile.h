@@ -25,9 +25,10 @@ Winograd ParseWinograd(std::string_view name);
 
 struct CompileOptions {
   bool fuse = true;  // false: every elementwise node is a kernel of its own (to bisect)
-  // kAuto: 3x3 convolutions are computed by Winograd's F(4x4, 3x3) where that pays: about twice as
-  // fast, with up to twice the rounding error of the direct sum. Their transformed kernels, 4 times
-  // as large as the kernels, stay within winograd_bytes altogether.
+  // kAuto: 3x3 convolutions are computed by Winograd's F(4x4, 3x3) or F(2x2, 3x3) where that pays:
+  // two to three times as fast, with up to twice the rounding error of the direct sum. Their
+  // transformed kernels, 4 or 1.8 times as large as the kernels, stay within winograd_bytes
+  // altogether.
   Winograd winograd = Winograd::kAuto;
   int64_t winograd_bytes = int64_t{2} << 30;
   // The most that the values of one run and the packed weights may take, beside the parameters,

@@ -45,7 +45,10 @@ int64_t ContractionPlan::TilesInUnit() const {
 namespace {
 
 constexpr int kMostRows = 14, kMostVectors = 6;
-constexpr int64_t kBlockFloats = 48 * 1024;    // of the broadcast operand in one unit
+// Of the broadcast operand in one unit: a part of a level-2 cache, which all panels pass by; but
+// more if the panels come from memory each time.
+constexpr int64_t kBlockFloats = 48 * 1024, kLargeBlockFloats = 384 * 1024;
+constexpr int64_t kManyPanelFloats = 1024 * 1024;
 constexpr int64_t kPanelFloats = 48 * 1024;    // of the other operand in one tile; more is cut
 constexpr int64_t kSumBlockFloats = 8 * 1024;  // of it in one block of a cut sum: a level-1 cache
 constexpr int64_t kUnits = 128;                // of a kernel with many chunks, at least
@@ -289,7 +292,13 @@ class Order {
     for (const auto* dims : {&plan.outer, &plan.panels, &free_}) {
       for (int d : *dims) units_ *= std::max<int64_t>(plan.Tiles(d), 1);
     }
-    for (int d : plan.panels) panels_ *= plan.Tiles(d);
+    int64_t panel_floats = 1;
+    for (int d : plan.panels) {
+      panels_ *= plan.Tiles(d);
+      panel_floats *= plan.out[d].extent;
+    }
+    for (const Dim& d : plan.sum) panel_floats *= d.extent;
+    block_floats_ = panel_floats > kManyPanelFloats ? kLargeBlockFloats : kBlockFloats;
     // Enough for even shares of many threads; more would tear tiles apart that share a panel.
     enough_ = chunks == 1 ? 1 : std::min<int64_t>(4 * chunks, kUnits);
     CutSum();
@@ -390,7 +399,7 @@ class Order {
     }
     auto small = [&](int64_t count) {
       int64_t extent = std::min(count * plan_.tile[d], plan_.out[d].extent);
-      return panels_ == 1 || With(d, extent) <= kBlockFloats;
+      return panels_ == 1 || With(d, extent) <= block_floats_;
     };
     while (most > 1 && !small(most)) most = most * 3 / 4;
     return most;
@@ -398,7 +407,7 @@ class Order {
 
   ContractionPlan& plan_;
   int streamed_ = 1;  // the operand that lies in the lanes
-  int64_t units_ = 1, panels_ = 1, enough_ = 1;
+  int64_t units_ = 1, panels_ = 1, enough_ = 1, block_floats_ = kBlockFloats;
   std::vector<int> free_;                          // dimensions that it does not move along
   std::vector<std::pair<int64_t, int64_t>> nest_;  // what a unit reads of the other operand
 };
