@@ -196,6 +196,53 @@ void ExpectGradientsMatch(Layer& layer, const std::vector<GraphInput>& declared,
   }
 }
 
+// Code is shared by equal kernels and may come from a cache; graphs that differ in one attribute,
+// one constant or one operand must not share it.
+TEST(ModelJit, GraphsThatDifferInOneAttributeHaveTheirOwnCode) {
+  using Build = Value (*)(Value);
+  const Build builds[] = {
+      [](Value x) { return Softmax(x, 1); },
+      [](Value x) { return Softmax(x, 2); },
+      [](Value x) { return Sum(x, {1}); },
+      [](Value x) { return Sum(x, {2}); },
+      [](Value x) { return MatMul(x, x, false, true); },
+      [](Value x) { return MatMul(x, x, true, false); },
+      [](Value x) { return Attention(x, x, x, {.heads = 2, .scale = 0.5}).out; },
+      [](Value x) { return Attention(x, x, x, {.heads = 2, .scale = 0.25}).out; },
+      [](Value x) { return Attention(x, x, x, {.heads = 1, .scale = 0.5}).out; },
+      [](Value x) { return Attention(x, x, x, {.heads = 2, .scale = 0.5, .causal = true}).out; },
+      [](Value x) { return GroupNorm(x, {}, {}, 2, 1e-5); },
+      [](Value x) { return GroupNorm(x, {}, {}, 4, 1e-5); },
+      [](Value x) { return GroupNorm(x, {}, {}, 4, 0.5); },
+      [](Value x) { return x * 2.0f; },
+      [](Value x) { return x * 3.0f; },
+      [](Value x) {
+        return Permute(x, {0, 2, 1}) - x;
+      },
+      [](Value x) {
+        return x - Permute(x, {0, 2, 1});
+      },
+      [](Value x) {
+        return Maximum(x, Permute(x, {0, 2, 1}));
+      },
+      [](Value x) {
+        return Permute(x, {0, 2, 1}) / (x * x + 1.0f);
+      },
+  };
+  Tensor x = Random(3).NormalTensor({2, 8, 8});
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < std::size(builds); ++i) {
+    ComputationGraph graph;
+    graph.Output("y", builds[i](graph.Input("x", x.type())));
+    results.push_back(jit::Compile(graph)->Run(std::vector{x})[0]);
+    EXPECT_LE(Difference(results[i], Interpreter(graph).Run(std::vector{x})[0]), 1e-5) << i;
+    for (size_t j = 0; j < i; ++j) {
+      if (results[i].shape() != results[j].shape()) continue;
+      EXPECT_GT(Difference(results[i], results[j]), 1e-4) << i << " and " << j;
+    }
+  }
+}
+
 TEST(ModelJit, CaptionEncoderWithGradients) {
   CaptionEncoderConfig config;
   config.vocabulary = {"<pad>", "<unk>", "a", "blue", "circle", "red", "square"};
