@@ -13,7 +13,10 @@ UNet2DConditionModel::UNet2DConditionModel(const UNet2DConditionConfig& config)
   c.Validate();
   size_t blocks = c.block_out_channels.size();
   int64_t first = c.block_out_channels.front(), last = c.block_out_channels.back();
-  auto block_options = [&](size_t level, bool attention) {
+  // A block of the kind that its type's name says.
+  auto block_options = [&](size_t level, const std::string& type) {
+    bool simple = type.starts_with("Simple") || type.starts_with("Resnet");
+    bool attention = type.find("CrossAttn") != type.npos;
     return nn::UNetBlockOptions{.temb_channels = 4 * first,
                                 .eps = c.norm_eps,
                                 .act_fn = c.act_fn,
@@ -25,7 +28,10 @@ UNet2DConditionModel::UNet2DConditionModel(const UNet2DConditionConfig& config)
                                 .transformer_layers = c.Of(c.transformer_layers_per_block, level),
                                 .use_linear_projection = c.use_linear_projection,
                                 .only_cross_attention = c.Of(c.only_cross_attention, level),
-                                .upcast_attention = c.upcast_attention};
+                                .upcast_attention = c.upcast_attention,
+                                .simple = simple,
+                                .skip_time_act = simple && c.resnet_skip_time_act,
+                                .output_scale_factor = simple ? c.resnet_out_scale_factor : 1};
   };
 
   conv_in_ = AddLayer<nn::Conv2d>(
@@ -45,16 +51,16 @@ UNet2DConditionModel::UNet2DConditionModel(const UNet2DConditionConfig& config)
     bool is_last = i + 1 == blocks;
     down_blocks_.push_back(AddLayer<nn::UNetDownBlock2D>(
         fmt::format("down_blocks.{}", i),
-        nn::UNetDownBlock2D::Options{
-            .in_channels = channels,
-            .out_channels = out,
-            .num_layers = layers,
-            .add_downsample = !is_last,
-            .downsample_padding = c.downsample_padding,
-            .block = block_options(i, c.down_block_types[i] == "CrossAttnDownBlock2D")}));
+        nn::UNetDownBlock2D::Options{.in_channels = channels,
+                                     .out_channels = out,
+                                     .num_layers = layers,
+                                     .add_downsample = !is_last,
+                                     .downsample_padding = c.downsample_padding,
+                                     .block = block_options(i, c.down_block_types[i])}));
     skips.insert(skips.end(), static_cast<size_t>(layers + (is_last ? 0 : 1)), out);
     channels = out;
   }
+  skips_ = skips.size();
   for (size_t i = 0; i < blocks; ++i) {
     size_t level = blocks - 1 - i;
     int64_t out = c.block_out_channels[level];
@@ -65,16 +71,20 @@ UNet2DConditionModel::UNet2DConditionModel(const UNet2DConditionConfig& config)
     }
     up_blocks_.push_back(AddLayer<nn::UNetUpBlock2D>(
         fmt::format("up_blocks.{}", i),
-        nn::UNetUpBlock2D::Options{
-            .in_channels = channels,
-            .out_channels = out,
-            .skip_channels = skip_channels,
-            .add_upsample = i + 1 < blocks,
-            .block = block_options(level, c.up_block_types[i] == "CrossAttnUpBlock2D")}));
+        nn::UNetUpBlock2D::Options{.in_channels = channels,
+                                   .out_channels = out,
+                                   .skip_channels = skip_channels,
+                                   .add_upsample = i + 1 < blocks,
+                                   .block = block_options(level, c.up_block_types[i])}));
     channels = out;
   }
-  nn::UNetBlockOptions mid = block_options(blocks - 1, true);
-  mid.only_cross_attention = false;  // the field does not concern the mid block
+  bool simple_mid = c.mid_block_type == "UNetMidBlock2DSimpleCrossAttn";
+  nn::UNetBlockOptions mid =
+      block_options(blocks - 1, simple_mid ? "SimpleCrossAttn" : "CrossAttn");
+  // only_cross_attention concerns the mid block only if it is simple and has no field of its own.
+  mid.only_cross_attention =
+      simple_mid && c.mid_block_only_cross_attention.value_or(c.only_cross_attention.size() == 1 &&
+                                                              c.only_cross_attention[0]);
   mid_block_ = AddLayer<nn::UNetMidBlock2D>(
       "mid_block", nn::UNetMidBlock2D::Options{last, c.mid_block_scale_factor, mid});
   conv_norm_out_ = AddLayer<nn::GroupNorm>(
@@ -90,6 +100,11 @@ std::vector<Value> UNet2DConditionModel::ExportComputationGraph(ComputationGraph
   nn::UNetCondition condition;
   condition.context = Required(inputs, 2, "encoder_hidden_states");
   condition.context_mask = nn::MaskToBias(Optional(inputs, 3));
+  condition.mask = nn::MaskToBias(Optional(inputs, 4));
+  Value mid_residual = Optional(inputs, 5);
+  Check<ShapeError>(inputs.size() <= 6 || inputs.size() == 6 + skips_,
+                    "{}: {} down_block_additional_residuals given, {} needed, one for each skip",
+                    Describe(), inputs.size() > 6 ? inputs.size() - 6 : 0, skips_);
   Check<ShapeError>(x.rank() == 4 && x.dim(1) == config_.in_channels,
                     "{}: sample {} must be [B, {}, H, W]", Describe(), x.shape(),
                     config_.in_channels);
@@ -108,9 +123,29 @@ std::vector<Value> UNet2DConditionModel::ExportComputationGraph(ComputationGraph
   x = conv_in_->Call(x);
   std::vector<Value> skips = {x};
   for (auto* block : down_blocks_) x = block->Build(x, condition, skips);
+  auto add = [&](Value to, Value residual, std::string_view name) {
+    Check<ShapeError>(residual.shape() == to.shape(), "{}: {} {} must have the shape {}",
+                      Describe(), name, residual.shape(), to.shape());
+    return to + residual;
+  };
+  for (size_t i = 0; 6 + i < inputs.size(); ++i) {
+    skips[i] = add(skips[i], Required(inputs, 6 + i, "down_block_additional_residuals"),
+                   "down_block_additional_residual");
+  }
   x = mid_block_->Build(x, condition);
-  for (auto* block : up_blocks_) x = block->Build(x, condition, skips);
+  if (mid_residual.defined()) x = add(x, mid_residual, "mid_block_additional_residual");
+  for (size_t i = 0; i < up_blocks_.size(); ++i) {
+    std::optional<nn::FreeUScale> freeu;
+    if (freeu_ && i == 0) freeu = {freeu_->b1, freeu_->s1};
+    if (freeu_ && i == 1) freeu = {freeu_->b2, freeu_->s2};
+    x = up_blocks_[i]->Build(x, condition, skips, freeu ? &*freeu : nullptr);
+  }
   return {conv_out_->Call(Activate(config_.act_fn, conv_norm_out_->Call(x)))};
+}
+
+void UNet2DConditionModel::SetFreeU(const std::optional<FreeU>& freeu) {
+  freeu_ = freeu;
+  Changed();
 }
 
 std::map<std::string, std::string> UNet2DConditionModel::GetDiagnostics() const {

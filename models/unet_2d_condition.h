@@ -3,6 +3,7 @@
 // name.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "layers/conv2d.h"
@@ -18,7 +19,11 @@ namespace calotype {
 //   timestep [B] or [1], f32, i32 or i64;
 //   encoder_hidden_states [B or 1, S, cross_attention_dim];
 //   encoder_attention_mask (optional) [B, S], 1 for tokens to see and 0 for others, or a bias [B,
-//   1, S].
+//   1, S];
+//   attention_mask (optional), the same for the pixels as keys of the self-attention;
+//   mid_block_additional_residual (optional), added to the result of the mid block;
+//   down_block_additional_residuals (all or none), added to the skips in their order, that of
+//   conv_in first: what a ControlNet gives.
 // Output: [B, out_channels, H, W], the model's prediction (noise, velocity or picture, as trained).
 class UNet2DConditionModel : public Layer {
  public:
@@ -30,7 +35,17 @@ class UNet2DConditionModel : public Layer {
                                             std::span<const Value> inputs) override;
   std::map<std::string, std::string> GetDiagnostics() const override;
 
+  // FreeU for the first two up blocks: backbone factors b1, b2, skip factors s1, s2.
+  struct FreeU {
+    double s1 = 1, s2 = 1, b1 = 1, b2 = 1;
+  };
+  void SetFreeU(const std::optional<FreeU>& freeu);
+  // Number of values that go from the down path to the up path.
+  size_t skips() const { return skips_; }
+
  private:
+  size_t skips_ = 0;
+  std::optional<FreeU> freeu_;
   UNet2DConditionConfig config_;
   nn::Conv2d *conv_in_, *conv_out_;
   nn::Timesteps* time_proj_;

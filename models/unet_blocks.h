@@ -1,11 +1,14 @@
 // The blocks of a U-Net of diffusers: resnets, each followed by a transformer where the block
-// attends to the text, and a resampling layer at the end. One class serves both kinds (DownBlock2D
-// and CrossAttnDownBlock2D, ...): without attention there simply are no `attentions`.
+// attends to the text, and a resampling layer at the end. One class serves all kinds (DownBlock2D,
+// CrossAttnDownBlock2D, ResnetDownsampleBlock2D, SimpleCrossAttnDownBlock2D, ...): without
+// attention there simply are no `attentions`; in the last two they are single Attention modules
+// with added keys and values, and the resampling layer is a resnet.
 #pragma once
 
 #include <string>
 #include <vector>
 
+#include "layers/attention.h"
 #include "layers/resample.h"
 #include "layers/resnet.h"
 #include "layers/transformer.h"
@@ -22,6 +25,10 @@ struct UNetBlockOptions {
   bool attention = false;
   int64_t heads = 1, cross_attention_dim = 0, transformer_layers = 1;
   bool use_linear_projection = false, only_cross_attention = false, upcast_attention = false;
+  // The kind with added keys and values. `heads` is the width of a head there.
+  bool simple = false;
+  bool skip_time_act = false;  // see ResnetBlock2D, as the next one
+  double output_scale_factor = 1;
 };
 
 // What the blocks receive besides the picture; context and context_mask may be undefined in blocks
@@ -29,7 +36,15 @@ struct UNetBlockOptions {
 struct UNetCondition {
   Value temb;          // [B or 1, temb_channels]
   Value context;       // encoder_hidden_states [B or 1, S, cross_attention_dim]
-  Value context_mask;  // see Transformer2DModel
+  Value context_mask;  // of the attention to context, see Transformer2DModel
+  Value mask;          // of the attention to the picture itself
+};
+
+// FreeU in one up block: the first half of the channels that come from below is multiplied by
+// `backbone`, the lowest frequencies of the skips (0 and -1 in both directions) by `skip`. Si et
+// al. 2023, arXiv:2309.11497.
+struct FreeUScale {
+  double backbone = 1, skip = 1;
 };
 
 // num_layers x (resnet [, transformer]), then a convolution of stride 2 unless it is the last
@@ -51,8 +66,8 @@ class UNetDownBlock2D : public Layer {
 
  private:
   std::vector<ResnetBlock2D*> resnets_;
-  std::vector<Transformer2DModel*> attentions_;
-  Downsample2D* downsampler_ = nullptr;
+  std::vector<Layer*> attentions_;  // Transformer2DModel, or Attention
+  Layer* downsampler_ = nullptr;    // Downsample2D, or ResnetBlock2D
 };
 
 // resnet, transformer, resnet. Inputs: hidden_states, temb, encoder_hidden_states,
@@ -71,7 +86,7 @@ class UNetMidBlock2D : public Layer {
 
  private:
   ResnetBlock2D *resnet_0_, *resnet_1_;
-  Transformer2DModel* attention_;
+  Layer* attention_;  // Transformer2DModel, or Attention
 };
 
 // skip_channels.size() x (resnet over [x | skip] [, transformer]), then twice the size unless it is
@@ -90,12 +105,14 @@ class UNetUpBlock2D : public Layer {
                                             std::span<const Value> inputs) override;
   // Pops the skips from the end. If others are left, the upsampler goes to the size of the next
   // one, so that odd sizes come back as they were.
-  Value Build(Value x, const UNetCondition& condition, std::vector<Value>& skips);
+  Value Build(Value x, const UNetCondition& condition, std::vector<Value>& skips,
+              const FreeUScale* freeu = nullptr);
 
  private:
   std::vector<ResnetBlock2D*> resnets_;
-  std::vector<Transformer2DModel*> attentions_;
+  std::vector<Layer*> attentions_;  // Transformer2DModel, or Attention
   Upsample2D* upsampler_ = nullptr;
+  ResnetBlock2D* resnet_upsampler_ = nullptr;
 };
 
 }  // namespace calotype::nn

@@ -27,7 +27,6 @@ const std::vector<std::pair<std::string, nlohmann::json>>& FixedFields() {
       {"dual_cross_attention", false},
       {"encoder_hid_dim", nullptr},
       {"encoder_hid_dim_type", nullptr},
-      {"mid_block_only_cross_attention", nullptr},
       {"num_attention_heads", nullptr},
       {"num_class_embeds", nullptr},
       {"projection_class_embeddings_input_dim", nullptr},
@@ -80,6 +79,7 @@ UNet2DConditionConfig UNet2DConditionConfig::FromJson(std::string_view text) {
   fields.Read("mid_block_type", c.mid_block_type);
   fields.Read("up_block_types", c.up_block_types);
   fields.ReadOneOrMany("only_cross_attention", c.only_cross_attention);
+  fields.Read("mid_block_only_cross_attention", c.mid_block_only_cross_attention);
   fields.Read("block_out_channels", c.block_out_channels);
   fields.ReadOneOrMany("layers_per_block", c.layers_per_block);
   fields.Read("downsample_padding", c.downsample_padding);
@@ -123,6 +123,9 @@ std::string UNet2DConditionConfig::ToJson() const {
   json["down_block_types"] = down_block_types;
   json["mid_block_type"] = mid_block_type;
   json["up_block_types"] = up_block_types;
+  json["mid_block_only_cross_attention"] = mid_block_only_cross_attention
+                                               ? nlohmann::json(*mid_block_only_cross_attention)
+                                               : nlohmann::json(nullptr);
   json["only_cross_attention"] = OneOrMany(only_cross_attention);
   json["block_out_channels"] = block_out_channels;
   json["layers_per_block"] = OneOrMany(layers_per_block);
@@ -189,35 +192,41 @@ void UNet2DConditionConfig::Validate() const {
   spread_positive("transformer_layers_per_block", transformer_layers_per_block, 1000);
   spread_positive("attention_head_dim", attention_head_dim);
 
-  auto known = [&](std::string_view field, const std::string& value, std::string_view a,
-                   std::string_view b) {
-    Check<UnsupportedError>(value == a || (value == b && !b.empty()),
-                            "{}: field '{}' names '{}', which is not supported; known: {}{}{}",
-                            kOwner, field, value, a, b.empty() ? "" : ", ", b);
+  auto known = [&](std::string_view field, const std::string& value,
+                   const std::vector<std::string_view>& list) {
+    Check<UnsupportedError>(std::ranges::find(list, value) != list.end(),
+                            "{}: field '{}' names '{}', which is not supported; known: {}", kOwner,
+                            field, value, fmt::join(list, ", "));
   };
   for (const auto& type : down_block_types) {
-    known("down_block_types", type, "CrossAttnDownBlock2D", "DownBlock2D");
+    known("down_block_types", type,
+          {"CrossAttnDownBlock2D", "DownBlock2D", "SimpleCrossAttnDownBlock2D",
+           "ResnetDownsampleBlock2D"});
   }
   for (const auto& type : up_block_types) {
-    known("up_block_types", type, "CrossAttnUpBlock2D", "UpBlock2D");
+    known("up_block_types", type,
+          {"CrossAttnUpBlock2D", "UpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"});
   }
-  known("mid_block_type", mid_block_type, "UNetMidBlock2DCrossAttn", "");
-  known("time_embedding_type", time_embedding_type, "positional", "");
-  known("resnet_time_scale_shift", resnet_time_scale_shift, "default", "scale_shift");
+  known("mid_block_type", mid_block_type,
+        {"UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"});
+  known("time_embedding_type", time_embedding_type, {"positional"});
+  known("resnet_time_scale_shift", resnet_time_scale_shift, {"default", "scale_shift"});
+  Check(resnet_out_scale_factor != 0, "{}: field 'resnet_out_scale_factor' must not be 0", kOwner);
 
   for (size_t i = 0; i < blocks; ++i) {
     int64_t channels = block_out_channels[i];
     Check(channels % norm_num_groups == 0,
           "{}: norm_num_groups {} must divide block_out_channels {} (block {})", kOwner,
           norm_num_groups, channels, i);
-    bool attends = down_block_types[i] == "CrossAttnDownBlock2D" || i + 1 == blocks ||
-                   up_block_types[blocks - 1 - i] == "CrossAttnUpBlock2D";
+    auto attention = [](const std::string& type) { return type.find("CrossAttn") != type.npos; };
+    bool attends = attention(down_block_types[i]) || i + 1 == blocks ||
+                   attention(up_block_types[blocks - 1 - i]);
     int64_t heads = Of(attention_head_dim, i);
-    Check(
-        !attends || channels % heads == 0,
-        "{}: attention_head_dim {} (the number of heads) must divide block_out_channels {} (block "
-        "{})",
-        kOwner, heads, channels, i);
+    Check(!attends || channels % heads == 0,
+          "{}: attention_head_dim {} (number or width of the heads) must divide block_out_channels "
+          "{} (block "
+          "{})",
+          kOwner, heads, channels, i);
   }
   const int64_t half = block_out_channels[0] / 2;
   Check(half > 0 && static_cast<double>(half) > freq_shift,

@@ -26,6 +26,8 @@ struct UNet2DConditionConfig {
   std::vector<std::string> up_block_types = {"UpBlock2D", "CrossAttnUpBlock2D",
                                              "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"};
   std::vector<bool> only_cross_attention = {false};  // of the down and up blocks
+  // Of a simple mid block; null: only_cross_attention, if that is one value for all.
+  std::optional<bool> mid_block_only_cross_attention;
   std::vector<int64_t> block_out_channels = {320, 640, 1280, 1280};
   std::vector<int64_t> layers_per_block = {2};
   int64_t downsample_padding = 1;
@@ -35,13 +37,12 @@ struct UNet2DConditionConfig {
   double norm_eps = 1e-5;
   std::vector<int64_t> cross_attention_dim = {1280};
   std::vector<int64_t> transformer_layers_per_block = {1};
-  std::vector<int64_t> attention_head_dim = {
-      8};  // the NUMBER of heads of each block, as in diffusers
+  // The NUMBER of heads of each block, as in diffusers; the width of a head in simple blocks.
+  std::vector<int64_t> attention_head_dim = {8};
   bool use_linear_projection = false;
   bool upcast_attention = false;                    // arithmetic is float32 here: changes nothing
   std::string resnet_time_scale_shift = "default";  // or "scale_shift"
-  // Read by diffusers for block types that are not supported here only; for the supported ones they
-  // change nothing there and here. Kept for the round trip.
+  // Of the simple and the Resnet... blocks alone, as in diffusers.
   bool resnet_skip_time_act = false;
   double resnet_out_scale_factor = 1;
   std::string time_embedding_type = "positional";

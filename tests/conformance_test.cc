@@ -414,9 +414,20 @@ void RunFlashAttention(const Case& c, Backend backend, Worst& worst) {
 
 void RunUNet(const Case& c, Backend backend, Worst& worst) {
   auto unet = LoadUNet(c.folder);
-  CheckLayer(c, backend, *unet, unet->SaveParameters(),
-             {"sample", "timestep", "encoder_hidden_states", "encoder_attention_mask"},
-             kModelTolerance, worst);
+  if (c.config.contains("freeu")) {
+    UNet2DConditionModel::FreeU freeu;
+    Fields(c.config["freeu"])("s1", freeu.s1)("s2", freeu.s2)("b1", freeu.b1)("b2", freeu.b2);
+    unet->SetFreeU(freeu);
+  }
+  std::vector<std::string> order = {"sample",
+                                    "timestep",
+                                    "encoder_hidden_states",
+                                    "encoder_attention_mask",
+                                    "attention_mask",
+                                    "mid_block_additional_residual"};
+  for (const auto& [name, tensor] : c.With("input.down_block_additional_residuals."))
+    order.push_back("down_block_additional_residuals." + name);
+  CheckLayer(c, backend, *unet, unet->SaveParameters(), order, kModelTolerance, worst);
 }
 
 void RunAutoencoder(const Case& c, Backend backend, Worst& worst) {
