@@ -16,11 +16,11 @@
 
 #include "core/error.h"
 #include "core/random.h"
+#include "core/sha256.h"
 #include "io/atomic_file.h"
 #include "io/checkpoint.h"
 #include "io/file.h"
 #include "io/safetensors.h"
-#include "io/sha256.h"
 #include "tests/expect_error.h"
 #include "tests/safetensors_corpus.h"
 #include "tests/temp_folder.h"

@@ -295,6 +295,19 @@ TEST(LayerTest, LoadReport) {
   tensors["gain"] = Tensor::Zeros({4}, DType::kI64);
   EXPECT_THAT(MessageOf<ValueError>([&] { pair.LoadParameters(tensors); }), HasSubstr("i64"));
 
+  // Tensors that are moved in become the storage of parameters that have none yet; those that
+  // somebody else holds are copied.
+  Pair fresh, copied;
+  auto moved = source.SaveParameters();
+  const void* address = moved.at("first.weight").raw();
+  EXPECT_TRUE(copied.LoadParameters(moved).complete());
+  EXPECT_NE(copied.FindParameter("first.weight")->value().raw(), address);
+  const int64_t allocations = MemoryStats::Allocations();
+  EXPECT_TRUE(fresh.LoadParameters(std::move(moved)).complete());
+  EXPECT_EQ(MemoryStats::Allocations(), allocations);
+  EXPECT_EQ(fresh.FindParameter("first.weight")->value().raw(), address);
+  EXPECT_EQ(RelativeError(fresh.GetParameters(), source.GetParameters()), 0);
+
   // A sub-layer loads by paths that start at itself.
   Outer outer;
   EXPECT_TRUE(outer.pair()->LoadParameters(source.SaveParameters()).complete());
