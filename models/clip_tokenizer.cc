@@ -70,7 +70,6 @@ bool IsNumber(int32_t c) {
 
 // Normal form C, white space runs to one space, lower case.
 std::string Normalize(std::string_view text) {
-  Characters(text);  // names the byte that is not UTF-8
   utf8proc_uint8_t* mapped = nullptr;
   auto size = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
                            static_cast<utf8proc_ssize_t>(text.size()), &mapped,
@@ -93,10 +92,11 @@ std::string Normalize(std::string_view text) {
   return normal;
 }
 
-// The pieces of a normalised text, in order: special tokens, contractions, runs of letters, single
-// digits, runs of other characters.
+// The pieces of a normalised text, in order: contractions, runs of letters, single digits, runs of
+// other characters. What reads like one of CLIP's special tokens only after lower-casing is split
+// like other text, but on its own (with `literals`).
 template <class F>
-void ForEachPiece(std::string_view text, std::span<const std::string_view> special, const F& take) {
+void ForEachPiece(std::string_view text, const F& take, bool literals = true) {
   const auto* bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
   auto next = [&](size_t at, int32_t& character) {
     utf8proc_int32_t c;
@@ -104,30 +104,30 @@ void ForEachPiece(std::string_view text, std::span<const std::string_view> speci
     character = c;
     return at + static_cast<size_t>(size);
   };
-  auto prefix = [&](size_t at, std::span<const std::string_view> list) -> size_t {
-    for (std::string_view word : list) {
+  auto prefix = [&](size_t at, std::initializer_list<std::string_view> words) -> size_t {
+    for (std::string_view word : words) {
       if (text.substr(at).starts_with(word)) return word.size();
     }
     return 0;
   };
-  constexpr std::string_view kContractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
   auto kind = [](int32_t c) { return IsSpace(c) ? 0 : IsLetter(c) ? 1 : IsNumber(c) ? 2 : 3; };
   for (size_t at = 0; at < text.size();) {
     int32_t c;
     size_t end = next(at, c);
-    if (size_t size = prefix(at, special)) {
+    size_t literal = literals ? prefix(at, {"<|startoftext|>", "<|endoftext|>"}) : 0;
+    if (literal > 0) {
+      end = at + literal;
+      ForEachPiece(text.substr(at, literal), take, false);
+    } else if (size_t size = prefix(at, {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})) {
       end = at + size;
-      take(text.substr(at, size), true);
-    } else if (size_t size = prefix(at, kContractions)) {
-      end = at + size;
-      take(text.substr(at, size), false);
+      take(text.substr(at, size));
     } else if (int k = kind(c); k != 0) {
-      while (k != 2 && end < text.size() && prefix(end, special) == 0) {
+      while (k != 2 && end < text.size()) {
         size_t after = next(end, c);
         if (kind(c) != k) break;
         end = after;
       }
-      take(text.substr(at, end - at), false);
+      take(text.substr(at, end - at));
     }
     at = end;
   }
@@ -286,17 +286,23 @@ void CLIPTokenizer::AppendPiece(std::string_view piece, std::vector<int64_t>& id
 }
 
 std::vector<int64_t> CLIPTokenizer::Tokenize(std::string_view text) const {
+  Characters(text);  // names the byte that is not UTF-8
   std::vector<int64_t> ids;
-  std::string normal = Normalize(text);
-  const std::string_view special[] = {config_.bos_token, config_.eos_token, config_.unk_token,
-                                      config_.pad_token};
-  ForEachPiece(normal, special, [&](std::string_view piece, bool is_special) {
-    if (is_special) {
-      ids.push_back(IdOf(piece));
-    } else {
-      AppendPiece(piece, ids);
+  while (!text.empty()) {
+    // The special token that comes first, as it is spelled: lower-casing comes later.
+    size_t begin = text.size();
+    std::string_view special;
+    for (std::string_view token :
+         {std::string_view(config_.bos_token), std::string_view(config_.eos_token),
+          std::string_view(config_.unk_token), std::string_view(config_.pad_token)}) {
+      size_t at = text.find(token);
+      if (at < begin || (at == begin && token.size() > special.size())) begin = at, special = token;
     }
-  });
+    std::string normal = Normalize(text.substr(0, begin));
+    ForEachPiece(normal, [&](std::string_view piece) { AppendPiece(piece, ids); });
+    if (!special.empty()) ids.push_back(IdOf(special));
+    text.remove_prefix(std::min(begin + special.size(), text.size()));
+  }
   return ids;
 }
 

@@ -47,11 +47,11 @@ class CLIPTokenizer {
   // Rows of ids, i64 [texts, model_max_length].
   Tensor EncodeAll(std::span<const std::string> texts) const;
   // The ids of a text alone: no bos, eos, truncation or padding.
-  //   Normal form C, runs of white space to one space, lower case (accents stay); split into the
-  //   four special tokens, 's 't 're 've 'm 'll 'd, runs of letters, single digits, runs of
-  //   anything else but space; the UTF-8 bytes of each piece, the last one marked with "</w>",
-  //   joined by the strongest merge that applies until none does. A byte that is not in the
-  //   vocabulary gives unk_token.
+  //   The four special tokens, spelled exactly, are themselves. The text between them: normal form
+  //   C, runs of white space to one space, lower case (accents stay); split into 's 't 're 've 'm
+  //   'll 'd, runs of letters, single digits, runs of anything else but space; the UTF-8 bytes of
+  //   each piece, the last one marked with "</w>", joined by the strongest merge that applies until
+  //   none does. A byte that is not in the vocabulary gives unk_token.
   std::vector<int64_t> Tokenize(std::string_view text) const;
   // Back to text: bytes of the tokens, a space behind each end of a word, bytes that are not UTF-8
   // as U+FFFD; special tokens are left out. Errors: ValueError for an id that no token has.
