@@ -191,9 +191,9 @@ std::string GenerationParameters(const GenerateOptions& o, size_t index, int64_t
   if (!o.negative_prompt.empty()) text += "Negative prompt: " + o.negative_prompt + "\n";
   return text +
          fmt::format(
-             "Steps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, Version: calotype {}",
+             "Steps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, {}Version: calotype {}",
              o.steps, SamplerTitle(WithSampler({}, o.sampler)), o.guidance_scale, o.seeds[index],
-             side, side, CALOTYPE_VERSION);
+             side, side, o.rng == "torch" ? "RNG: CPU, " : "", CALOTYPE_VERSION);
 }
 
 }  // namespace calotype

@@ -74,7 +74,7 @@ class TextToImagePipeline {
 
 // The text of a PNG's `parameters` chunk as other programs write it: the prompt, the negative
 // prompt, then "Steps: 25, Sampler: DDIM, CFG scale: 1, Seed: 7, Size: 16x16, Version: calotype
-// 0.1.0".
+// 0.1.0", with "RNG: CPU, " before the version for PyTorch's numbers.
 std::string GenerationParameters(const GenerateOptions& options, size_t index, int64_t side);
 
 }  // namespace calotype

@@ -553,6 +553,29 @@ TEST_F(PipelineTest, BadOptionsAndCancelling) {
   EXPECT_THROW(pipeline.Generate(Prompts({"red"}), callbacks), CancelledError);
 }
 
+// Every sampler draws, with either kind of random numbers; progress counts the model's calls.
+TEST_F(PipelineTest, EverySamplerDraws) {
+  auto model = Model();
+  TextToImagePipeline pipeline(*model, Backend::kEager);
+  for (const char* sampler :
+       {"ddim", "ddpm", "pndm", "euler", "euler-karras", "euler-a", "dpm++-2m", "dpm++-2m-karras",
+        "dpm++-2m-sde", "dpm++-2m-sde-karras"}) {
+    SCOPED_TRACE(sampler);
+    GenerateOptions options = Prompts({"red"});
+    options.sampler = sampler, options.steps = 4;
+    int64_t done = 0, total = 0;
+    GenerateCallbacks callbacks;
+    callbacks.progress = [&](int64_t d, int64_t t) { done = d, total = t; };
+    Tensor philox = pipeline.Generate(options, callbacks);
+    EXPECT_EQ(done, total);
+    EXPECT_EQ(total, sampler == std::string("pndm") ? 13 : 4);
+    options.rng = "torch";
+    Tensor torch = pipeline.Generate(options);
+    EXPECT_FALSE(SameBits(philox, torch));
+    EXPECT_TRUE(SameBits(torch, pipeline.Generate(options)));
+  }
+}
+
 TEST(GenerationParametersTest, AreWhatOtherProgramsWrite) {
   GenerateOptions options;
   options.prompts = {"a, b"};
@@ -562,6 +585,10 @@ TEST(GenerationParametersTest, AreWhatOtherProgramsWrite) {
   EXPECT_THAT(GenerationParameters(options, 0, 16),
               StartsWith("a, b\nNegative prompt: c\nSteps: 25, Sampler: DDIM, CFG scale: 3.5, "
                          "Seed: 7, Size: 16x16, Version: calotype"));
+  options.sampler = "dpm++-2m-karras", options.rng = "torch";
+  EXPECT_THAT(
+      GenerationParameters(options, 0, 16),
+      HasSubstr("Sampler: DPM++ 2M Karras, CFG scale: 3.5, Seed: 7, Size: 16x16, RNG: CPU"));
 }
 
 }  // namespace
