@@ -223,51 +223,68 @@ inline void CallInPieces(Rng& rng, KernelFunction function, void* const* pointer
   for (size_t i = cuts.size() - 1; i-- > 0;) function(pointers, cuts[i], cuts[i + 1]);
 }
 
-// Runs the kernel and the reference on equal memory and compares all of it, bit by bit; NaNs are
-// equal. A positive tolerance allows for that part of the largest magnitude in the buffer.
-template <class Spec>
-::testing::AssertionResult Agrees(Rng& rng, const Case& test, KernelFunction function,
-                                  double tolerance, double& worst) {
+// Two equal copies of the memory that a case's operands name: one for the kernel, one for the
+// reference.
+struct CaseMemory {
   std::deque<GuardedBuffer> ours, theirs;
   std::vector<void*> our_pointers, their_pointers;
-  for (const BufferPlan& plan : test.buffers) {
-    int64_t bytes = plan.elements * DTypeSize(plan.dtype);
-    our_pointers.push_back(ours.emplace_back(bytes).data());
-    their_pointers.push_back(theirs.emplace_back(bytes).data());
-    Fill(rng, plan, ours.back().data());
-    std::memcpy(theirs.back().data(), ours.back().data(), bytes);
-  }
-  if (test.prepare) {
-    reference::Run(std::get<AttentionSpec>(*test.prepare), our_pointers.data());
-    reference::Run(std::get<AttentionSpec>(*test.prepare), their_pointers.data());
-  }
-  CallInPieces(rng, function, our_pointers.data(), Chunks(test.spec));
-  reference::Run(std::get<Spec>(test.spec), their_pointers.data());
-  for (size_t i = 0; i < ours.size(); ++i) {
-    if (!ours[i].MarginIntact()) {
-      return ::testing::AssertionFailure()
-             << "wrote before buffer " << i << ": " << ToString(test.spec);
+
+  CaseMemory(Rng& rng, const Case& test) {
+    for (const BufferPlan& plan : test.buffers) {
+      int64_t bytes = plan.elements * DTypeSize(plan.dtype);
+      our_pointers.push_back(ours.emplace_back(bytes).data());
+      their_pointers.push_back(theirs.emplace_back(bytes).data());
+      Fill(rng, plan, ours.back().data());
+      std::memcpy(theirs.back().data(), ours.back().data(), bytes);
     }
-    const auto* x = static_cast<const uint32_t*>(ours[i].data());
-    const auto* y = static_cast<const uint32_t*>(theirs[i].data());
-    double largest = 0;
-    for (int64_t j = 0; j < ours[i].bytes() / 4; ++j) {
-      float b = std::bit_cast<float>(y[j]);
-      if (std::isfinite(b)) largest = std::max<double>(largest, std::abs(b));
+    if (test.prepare) {
+      reference::Run(std::get<AttentionSpec>(*test.prepare), our_pointers.data());
+      reference::Run(std::get<AttentionSpec>(*test.prepare), their_pointers.data());
     }
-    for (int64_t j = 0; j < ours[i].bytes() / 4; ++j) {
-      float a = std::bit_cast<float>(x[j]), b = std::bit_cast<float>(y[j]);
-      if (x[j] == y[j] || (std::isnan(a) && std::isnan(b))) continue;
-      double error = std::abs(static_cast<double>(a) - b) / largest;
-      if (tolerance > 0 && error <= tolerance) {
-        worst = std::max(worst, error);
-        continue;
+  }
+
+  void RunReference(const KernelSpec& spec) {
+    std::visit([&](const auto& s) { reference::Run(s, their_pointers.data()); }, spec);
+  }
+
+  // Compares all of the memory, bit by bit; NaNs are equal. A positive tolerance allows for that
+  // part of the largest magnitude in the buffer.
+  ::testing::AssertionResult Equal(const KernelSpec& spec, double tolerance, double& worst) const {
+    for (size_t i = 0; i < ours.size(); ++i) {
+      if (!ours[i].MarginIntact()) {
+        return ::testing::AssertionFailure()
+               << "wrote outside buffer " << i << ": " << ToString(spec);
       }
-      return ::testing::AssertionFailure() << "buffer " << i << " word " << j << ": " << a
-                                           << " instead of " << b << " in " << ToString(test.spec);
+      const auto* x = static_cast<const uint32_t*>(our_pointers[i]);
+      const auto* y = static_cast<const uint32_t*>(their_pointers[i]);
+      double largest = 0;
+      for (int64_t j = 0; j < ours[i].bytes() / 4; ++j) {
+        float b = std::bit_cast<float>(y[j]);
+        if (std::isfinite(b)) largest = std::max<double>(largest, std::abs(b));
+      }
+      for (int64_t j = 0; j < ours[i].bytes() / 4; ++j) {
+        float a = std::bit_cast<float>(x[j]), b = std::bit_cast<float>(y[j]);
+        if (x[j] == y[j] || (std::isnan(a) && std::isnan(b))) continue;
+        double error = std::abs(static_cast<double>(a) - b) / largest;
+        if (tolerance > 0 && error <= tolerance) {
+          worst = std::max(worst, error);
+          continue;
+        }
+        return ::testing::AssertionFailure() << "buffer " << i << " word " << j << ": " << a
+                                             << " instead of " << b << " in " << ToString(spec);
+      }
     }
+    return ::testing::AssertionSuccess();
   }
-  return ::testing::AssertionSuccess();
+};
+
+// Runs the kernel and the reference on equal memory and compares.
+inline ::testing::AssertionResult Agrees(Rng& rng, const Case& test, KernelFunction function,
+                                         double tolerance, double& worst) {
+  CaseMemory memory(rng, test);
+  CallInPieces(rng, function, memory.our_pointers.data(), Chunks(test.spec));
+  memory.RunReference(test.spec);
+  return memory.Equal(test.spec, tolerance, worst);
 }
 
 // --- LoopSpec
@@ -535,6 +552,74 @@ inline Case Attention(const AttentionCase& c) {
   for (BufferPlan& plan : test.buffers) plan.plain = true;
   if (c.mask > 0) test.buffers.back().mask_row = c.keys;
   test.spec = s;
+  return test;
+}
+
+// out and lse come from the forward kernel's reference. part > 0: sums for each so many queries.
+inline Case AttentionGradient(const AttentionCase& c, int64_t part = 0) {
+  Case test = Attention(c);
+  AttentionGradientSpec g;
+  g.forward = std::get<AttentionSpec>(test.spec);
+  test.prepare = test.spec;
+  g.dout = Tokens(test, c.batch, c.heads, c.queries, c.value_dim, false);
+  g.dq = Tokens(test, c.batch, c.heads, c.queries, c.head_dim, false);
+  g.dk = Tokens(test, c.batch, c.heads, c.keys, c.head_dim, c.shared);
+  g.dv = Tokens(test, c.batch, c.heads, c.keys, c.value_dim, c.shared);
+  g.part = part;
+  for (auto [operand, step] : {std::pair{&g.dk, &g.dk_step}, std::pair{&g.dv, &g.dv_step}}) {
+    BufferPlan& plan = test.buffers[operand->pointer];
+    *step = plan.elements;
+    plan.elements *= g.Parts();
+  }
+  for (BufferPlan& plan : test.buffers) plan.plain = true;
+  test.spec = g;
+  return test;
+}
+
+// --- Gather, ScatterAdd, Philox
+
+// A gather and a scatter of the same extents.
+inline std::pair<Case, Case> RandomGatherAndScatter(Rng& rng) {
+  std::vector<int64_t> outer, index, inner;
+  if (rng.Chance(0.5)) outer = {rng.Between(1, 3)};
+  for (int64_t d = rng.Between(0, 2); d > 0; --d) index.push_back(rng.Between(1, 6));
+  for (int64_t d = rng.Between(0, 2); d > 0; --d) inner.push_back(rng.Pick({1, 3, 8, 16, 37, 64}));
+  int64_t axis = rng.Between(1, 9);
+  std::vector<int64_t> small = reference::Join(reference::Join(outer, {axis}), inner);
+  std::vector<int64_t> large = reference::Join(reference::Join(outer, index), inner);
+  auto indices = [&](Case& test) {
+    Operand operand = RandomOperand(rng, test, index, false, 0, 0);
+    BufferPlan& plan = test.buffers.back();
+    operand.dtype = plan.dtype = rng.Chance(0.5) ? DType::kI32 : DType::kI64;
+    plan.least_integer = 0;
+    plan.most_integer = axis - 1;
+    return operand;
+  };
+  Case gather, scatter;
+  GatherSpec g{outer, index, inner, axis, {}, {}, {}};
+  g.x = RandomOperand(rng, gather, small, false, 0.1, 0);
+  g.indices = indices(gather);
+  g.out = RandomOperand(rng, gather, large, true, 0.1);
+  if (rng.Chance(0.2)) {
+    g.x.dtype = g.out.dtype = DType::kI64;
+    gather.buffers[g.x.pointer].dtype = gather.buffers[g.out.pointer].dtype = DType::kI64;
+  }
+  gather.spec = g;
+  ScatterAddSpec s{outer, index, inner, axis, {}, {}, {}};
+  s.dy = RandomOperand(rng, scatter, large, false, 0.1, 0);
+  s.indices = indices(scatter);
+  s.out = RandomOperand(rng, scatter, small, true, 0.1);
+  scatter.spec = s;
+  return {gather, scatter};
+}
+
+inline Case PhiloxNumbers(int64_t elements) {
+  Case test;
+  test.buffers = {{DType::kI64, 1, 2'000'000'000, -2'000'000'000}, {DType::kF32, elements}};
+  test.spec = PhiloxSpec{elements,
+                         7 * elements + (int64_t{3} << 33),
+                         {0, DType::kI64, 0, {1}},
+                         {1, DType::kF32, 0, {1}}};
   return test;
 }
 

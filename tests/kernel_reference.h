@@ -1,9 +1,6 @@
-// Naive double-precision execution of kernel specifications on raw memory, and buffers that end at
-// an unreadable page: what tests compare generated kernels with.
+// Naive double-precision execution of kernel specifications on raw memory: what tests compare
+// generated kernels with.
 #pragma once
-
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <cstring>
@@ -14,40 +11,9 @@
 
 #include "core/random.h"
 #include "jit/kernel.h"
+#include "tests/guarded_buffer.h"
 
 namespace calotype::jit::reference {
-
-// `bytes` of memory that end at a page which cannot be touched; a margin before them holds a
-// pattern.
-class GuardedBuffer {
- public:
-  explicit GuardedBuffer(int64_t bytes) : bytes_(bytes) {
-    int64_t page = sysconf(_SC_PAGESIZE);
-    room_ = (bytes + kMargin + page - 1) / page * page;
-    void* map =
-        mmap(nullptr, room_ + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (map == MAP_FAILED) throw std::bad_alloc();
-    map_ = static_cast<char*>(map);
-    mprotect(map_ + room_, page, PROT_NONE);
-    std::memset(map_, 0x5a, room_);
-  }
-  ~GuardedBuffer() { munmap(map_, room_ + sysconf(_SC_PAGESIZE)); }
-  GuardedBuffer(const GuardedBuffer&) = delete;
-
-  void* data() { return map_ + room_ - bytes_; }
-  int64_t bytes() const { return bytes_; }
-  bool MarginIntact() const {
-    for (const char* p = map_; p != map_ + room_ - bytes_; ++p) {
-      if (*p != 0x5a) return false;
-    }
-    return true;
-  }
-
- private:
-  static constexpr int64_t kMargin = 256;
-  char* map_ = nullptr;
-  int64_t bytes_, room_ = 0;
-};
 
 using Index = std::vector<int64_t>;
 
