@@ -514,6 +514,19 @@ TEST(LearningRate, SchedulesEqualDiffusers) {
        {.5, .47524221697560476, .4058724504646834, .3056302334890786, .19436976651092142,
         .09412754953531663, .02475778302439524, 0, 0, 0, 0}},
       {{"cosine", 0.5, 1, 1}, {0, .5, 0, 0, 0, 0, 0, 0, 0, 0, 0}},
+      {{"cosine_with_restarts", 0.5, 2, 11, 3},
+       {0, .25, .5, .375, .125, .5, .375, .125, .5, .375, .125, 0, 0}},
+      {{"cosine_with_restarts", 0.5, 0, 8},
+       {.5, .4809698831278217, .42677669529663687, .34567085809127246, .25, .15432914190872757,
+        .07322330470336313, .019030116872178315, 0, 0, 0}},
+      {{"polynomial", 0.5, 2, 10, 1, 2},
+       {0, .25, .5, .3828125234375, .28125004375, .1953125609375, .125000075, .0703125859375,
+        .03125009375, .0078125984375, 1e-7, 1e-7}},
+      {{"polynomial", 0.5, 0, 6},
+       {.5, .41666668333333334, .3333333666666667, .25000005, .16666673333333334,
+        .08333341666666665, 1e-7, 1e-7}},
+      {{.name = "piecewise_constant", .learning_rate = 0.5, .step_rules = "1:2,0.5:5,.1"},
+       {.5, .5, .25, .25, .25, .05, .05}},
   };
   for (const auto& [schedule, rates] : cases) {
     for (size_t step = 0; step < rates.size(); ++step) {
@@ -534,6 +547,16 @@ TEST(LearningRate, BadArguments) {
   bad({.name = "constant_with_warmup", .warmup_steps = -5});
   bad({.name = "linear"});
   bad({.name = "cosine", .warmup_steps = 11, .total_steps = 10});
+  bad({.name = "cosine", .total_steps = 10, .num_cycles = 2});
+  bad({.name = "cosine_with_restarts", .total_steps = 10, .num_cycles = 0});
+  bad({.name = "polynomial", .warmup_steps = 10, .total_steps = 10});
+  bad({.name = "polynomial", .total_steps = 10, .power = 0});
+  bad({.name = "polynomial", .learning_rate = 1e-8, .total_steps = 10});
+  bad({.name = "linear", .total_steps = 10, .power = 2});
+  bad({.step_rules = "1"});
+  for (const char* rules : {"", "1:", "1:5", ":5,1", "1:5,", "1:x,1", "-1:5,1", "1:5,1:5,1", "1 "})
+    bad({.name = "piecewise_constant", .step_rules = rules});
+  bad({.name = "piecewise_constant", .warmup_steps = 1, .step_rules = "1"});
   bad({}, -1);
 }
 
