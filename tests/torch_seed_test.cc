@@ -331,7 +331,8 @@ TEST(TorchSeed, UNets) {
     EXPECT_NEAR(loss, c.loss, 2e-6);
     unet.Backward(dy);
     double squares = 0;
-    for (float g : unet.GetParameterGradients().values()) squares += double{g} * g;
+    const Tensor gradients = unet.GetParameterGradients();
+    for (float g : gradients.values()) squares += double{g} * g;
     EXPECT_NEAR(std::sqrt(squares), c.gradient_norm, 2e-5 * c.gradient_norm);
   }
 }
