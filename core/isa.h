@@ -9,8 +9,9 @@ namespace calotype {
 enum class IsaLevel { v2, v3, v4 };
 
 // The highest level that this processor has, capped by the environment variable CALOTYPE_CPU =
-// x86-64-v2 | x86-64-v3 | x86-64-v4 | native (no cap). Found once per process; v2 on machines that
-// are not x86-64. Errors: ValueError for any other text in CALOTYPE_CPU.
+// x86-64 | x86-64-v2 | x86-64-v3 | x86-64-v4 | native (no cap). Found once per process; v2, the
+// least, for x86-64 (which caps generated code at SSE2) and on machines that are not x86-64.
+// Errors: ValueError for any other text in CALOTYPE_CPU.
 IsaLevel HostIsa();
 
 // CALOTYPE_DECLARE_ISA(extern const Table kTable) declares kTable in the namespace of every level;
