@@ -1,7 +1,8 @@
 // A running error bound beside the float64 reference: every value of a graph together with how far
 // float32 arithmetic may take it, element by element, from the magnitudes of what is summed.
 //   sums of K products: u (2 sqrt(K) + 2) sum |a||b| and the operands' errors (Higham & Mary 2019,
-//     doi:10.1137/18M1226312; factor 2 for the constant)
+//     doi:10.1137/18M1226312; factor 2 for the constant); u (K + 2) if the terms are all about equal,
+//     since the roundings are then not independent
 //   elementwise: the op's own budget, and how far the result moves when an operand moves by its
 //   error
 //   Winograd's form: the same bound on its transformed patches and kernels, |A'| (|G| |w| |G'| o
@@ -290,6 +291,16 @@ class BudgetInterpreter {
     double factor = kUnit * (2 * std::sqrt(Terms(node, x)) + 2);
     Tensor rounding = Map(magnitude, [&](double v) { return factor * v; });
     std::string_view name = node.op->name;
+    if (name == "Sum") {
+      // Sums of terms that hardly differ repeat the same roundings, which then add up.
+      double terms = Terms(node, x);
+      Tensor squares = Reference(node, std::vector{Map(x[0], [](double v) { return v * v; })});
+      for (int64_t i = 0; i < rounding.elements(); ++i) {
+        double square = y.data<double>()[i] * y.data<double>()[i];
+        if (squares.data<double>()[i] * terms - square > square / 64) continue;
+        rounding.data<double>()[i] = kUnit * (terms + 2) * magnitude.data<double>()[i];
+      }
+    }
     bool gradient = name == "Conv2dInputGradient";
     if (winograd_ && (name == "Conv2d" || gradient) && node.attrs.Int("stride") == 1 &&
         x[1].shape()[2] == 3 && x[1].shape()[3] == 3) {
