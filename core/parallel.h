@@ -1,8 +1,8 @@
 // Threads of the interpreter: OpenMP's, the same that oneDNN uses (compiled code has a pool of its
-// own, jit/runtime/thread_pool.h). Work is cut into chunks that depend on the size of the work alone,
-// never on the number of threads, so results do not depend on it. On machines that also do other work
-// set GOMP_SPINCOUNT=2000 before the program starts, as `calotype` does: OpenMP's default is to spin
-// for milliseconds at the end of every loop.
+// own, jit/runtime/thread_pool.h). Work is cut into chunks that depend on the size of the work
+// alone, never on the number of threads, so results do not depend on it. On machines that also do
+// other work set GOMP_SPINCOUNT=2000 before the program starts, as `calotype` does: OpenMP's
+// default is to spin for milliseconds at the end of every loop.
 #pragma once
 
 #include <algorithm>

@@ -135,9 +135,9 @@ struct Estimate {
 std::string ToString(const KernelSpec& spec) { return std::visit(Printer{}, spec); }
 
 int64_t Chunks(const KernelSpec& spec) {
-  // A chunk of at least 3 us pays for claiming it (measured: 20 us leaves a third of a small U-Net's
-  // call to one thread, 1.5 us costs more than it gives); a power of two divides evenly among the
-  // usual numbers of threads.
+  // A chunk of at least 3 us pays for claiming it (measured: 20 us leaves a third of a small
+  // U-Net's call to one thread, 1.5 us costs more than it gives); a power of two divides evenly
+  // among the usual numbers of threads.
   constexpr double kGrain = 3e3, kMost = 256;
   Work work = std::visit(Estimate{}, spec);
   if (work.results == 0) return 0;

@@ -169,8 +169,8 @@ std::string CompileObject(const KernelSpec& spec, const std::string& symbol, con
 }
 
 std::string CacheKey(const KernelSpec& spec, const Target& target) {
-  return fmt::format("build {}\nllvm {}\n{}\n{}\n", kBuildId, LLVM_VERSION_STRING,
-                     ToString(target), ToString(spec));
+  return fmt::format("build {}\nllvm {}\n{}\n{}\n", kBuildId, LLVM_VERSION_STRING, ToString(target),
+                     ToString(spec));
 }
 
 CompiledKernels CompileKernels(std::span<const NamedSpec> specs, const Target& target) {

@@ -45,8 +45,8 @@ class CompiledKernels {
 // Everything that the machine code of a kernel depends on: the key of its entry in the cache.
 std::string CacheKey(const KernelSpec& spec, const Target& target);
 
-// Compiles on Threads() threads what the cache of CompileCache::FromEnvironment() does not hold. The
-// code calls nothing outside itself. With CALOTYPE_DUMP=dir each kernel's IR and assembly are
+// Compiles on Threads() threads what the cache of CompileCache::FromEnvironment() does not hold.
+// The code calls nothing outside itself. With CALOTYPE_DUMP=dir each kernel's IR and assembly are
 // written to dir/NAME.ll and dir/NAME.s, and the cache is not used.
 // Errors: UnsupportedError for a spec that cannot be compiled, InternalError with LLVM's text,
 // FileError if the dump cannot be written or the cache folder cannot be used.

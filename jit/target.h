@@ -21,8 +21,8 @@ struct Target {
 // All fields; equal texts give equal code.
 std::string ToString(const Target& target);
 
-// The host capped by CALOTYPE_CPU = x86-64 | x86-64-v2 | x86-64-v3 | x86-64-v4 | native. Found once.
-// Errors: ValueError for any other text in CALOTYPE_CPU, InternalError if LLVM has no code
+// The host capped by CALOTYPE_CPU = x86-64 | x86-64-v2 | x86-64-v3 | x86-64-v4 | native. Found
+// once. Errors: ValueError for any other text in CALOTYPE_CPU, InternalError if LLVM has no code
 // generator for this machine.
 const Target& HostTarget();
 

@@ -16,7 +16,7 @@ class Interpreter;
 namespace jit {
 class Executable;
 struct CompileOptions;
-}
+}  // namespace jit
 
 enum class Backend : uint8_t {
   kEager,  // node by node

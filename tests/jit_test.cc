@@ -825,7 +825,8 @@ TEST(ThreadPool, RunsEachChunkOnce) {
           [](void* p, int64_t chunk) {
             auto& l = *static_cast<Loop*>(p);
             ++l.hits[chunk];
-            RunChunks(2, [](void* q, int64_t) { ++*static_cast<std::atomic<int>*>(q); }, &l.inner);
+            RunChunks(
+                2, [](void* q, int64_t) { ++*static_cast<std::atomic<int>*>(q); }, &l.inner);
           },
           &loop);
       for (std::atomic<int>& hits : loop.hits) wrong += hits != 1;

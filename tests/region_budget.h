@@ -1,8 +1,8 @@
 // A running error bound beside the float64 reference: every value of a graph together with how far
 // float32 arithmetic may take it, element by element, from the magnitudes of what is summed.
 //   sums of K products: u (2 sqrt(K) + 2) sum |a||b| and the operands' errors (Higham & Mary 2019,
-//     doi:10.1137/18M1226312; factor 2 for the constant); u (K + 2) if the terms are all about equal,
-//     since the roundings are then not independent
+//     doi:10.1137/18M1226312; factor 2 for the constant); u (K + 2) if the terms are all about
+//     equal, since the roundings are then not independent
 //   elementwise: the op's own budget, and how far the result moves when an operand moves by its
 //   error
 //   Winograd's form: the same bound on its transformed patches and kernels, |A'| (|G| |w| |G'| o

@@ -1,7 +1,7 @@
-// The threads of compiled code. OpenMP's barriers wait for every thread of the team, so on a machine
-// that also does other work a thread without a processor holds up each of the hundred short regions
-// of a call for a time slice; here the caller works on, and only chunks that somebody has begun are
-// waited for. (oneDNN and the interpreter stay with OpenMP, see core/parallel.h.)
+// The threads of compiled code. OpenMP's barriers wait for every thread of the team, so on a
+// machine that also does other work a thread without a processor holds up each of the hundred short
+// regions of a call for a time slice; here the caller works on, and only chunks that somebody has
+// begun are waited for. (oneDNN and the interpreter stay with OpenMP, see core/parallel.h.)
 #pragma once
 
 #include "core/parallel.h"
