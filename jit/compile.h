@@ -30,7 +30,7 @@ struct CompileOptions {
   // transformed kernels, 4 or 1.8 times as large as the kernels, stay within winograd_bytes
   // altogether.
   Winograd winograd = Winograd::kAuto;
-  int64_t winograd_bytes = int64_t{2} << 30;
+  int64_t winograd_bytes = int64_t{4} << 30;
   // The most that the values of one run and the packed weights may take, beside the parameters,
   // inputs and outputs, which are the caller's. 0: the memory of the machine.
   int64_t memory_bytes = 0;

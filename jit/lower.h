@@ -73,7 +73,7 @@ struct LoweredProgram {
 
 struct LowerOptions {
   bool fuse = true;
-  int64_t winograd_bytes = int64_t{2} << 30;  // memory for the kernels of lower_winograd.h
+  int64_t winograd_bytes = int64_t{4} << 30;  // memory for the kernels of lower_winograd.h
   std::vector<std::string> rare_inputs;       // see CompileOptions
 };
 
