@@ -173,7 +173,8 @@ class CostModel {
     double steps = depth_;
     if (lane < 0) {
       double extent = static_cast<double>(std::max<int64_t>(along.extent, 1));
-      steps *= static_cast<double>((along.extent + width_ - 1) / width_) / extent;
+      int64_t vectors = (along.extent + width_ - 1) / width_;
+      steps *= static_cast<double>(vectors) / extent;
     }
     double epilogue = 1 + 0.5 * static_cast<double>(spec_.epilogue.program.code.size());
     size_t operands = plan_.out.empty() ? 0 : plan_.out[0].strides.size();
@@ -426,7 +427,7 @@ ContractionPlan PlanContraction(const ContractionSpec& spec, const Target& targe
   ContractionPlan plan;
   Arrange(spec, plan);
   ChooseTile(spec, target, plan);
-  Order(std::max<int64_t>(Chunks(KernelSpec(spec)), 1), plan);
+  Order order(std::max<int64_t>(Chunks(KernelSpec(spec)), 1), plan);
   return plan;
 }
 

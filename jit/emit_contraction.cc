@@ -62,7 +62,8 @@ class ContractionEmitter {
   void EmitBound(const std::vector<std::pair<int, Value*>>& bound, size_t level, Value* block,
                  const Values& pointers, Sizes sizes) {
     if (level == bound.size()) return EmitTiles(block, pointers, sizes);
-    auto [d, number] = bound[level];
+    const int d = bound[level].first;
+    Value* number = bound[level].second;
     const Dim& dim = plan_.out[d];
     int64_t full = dim.extent / plan_.tile[d], rest = dim.extent % plan_.tile[d];
     auto emit = [&](int64_t size) {

@@ -117,7 +117,8 @@ class LoopEmitter {
       bool spreads = (q == 0 && p == 1) || (p == 0 && q == 1 && group <= width_);
       memory += spreads ? 2 : 1.3 * width_;
     }
-    double vectors = static_cast<double>((extent + width_ - 1) / width_);
+    const int64_t whole = (extent + width_ - 1) / width_;
+    double vectors = static_cast<double>(whole);
     for (size_t d = 0; d + 2 < dims_.size(); ++d) vectors *= static_cast<double>(dims_[d].extent);
     if (vectors * (arithmetic + memory) >= 0.9 * best) return;
     dims_.pop_back();

@@ -103,7 +103,8 @@ class ReduceEmitter {
     int reduced_lane = -1;
     for (size_t d = 0; d < reduced_.size(); ++d) {
       double extent = static_cast<double>(std::max<int64_t>(reduced_[d].extent, 1));
-      double vectors = static_cast<double>((reduced_[d].extent + width_ - 1) / width_);
+      const int64_t whole = (reduced_[d].extent + width_ - 1) / width_;
+      double vectors = static_cast<double>(whole);
       double cost = out * (reduced / extent * vectors * LoadCost(reduced_[d]) + 3.0 * width_);
       if (reduced_lane < 0 || cost < best) {
         best = cost;
@@ -112,7 +113,8 @@ class ReduceEmitter {
     }
     for (int d = static_cast<int>(out_.size()) - 1; d >= 0; --d) {
       double extent = static_cast<double>(out_[d].extent);
-      double vectors = static_cast<double>((out_[d].extent + width_ - 1) / width_);
+      const int64_t whole = (out_[d].extent + width_ - 1) / width_;
+      double vectors = static_cast<double>(whole);
       double cost = out / extent * vectors * (reduced * LoadCost(out_[d]) + 2);
       if (cost < best) {
         best = cost;
