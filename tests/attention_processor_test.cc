@@ -12,6 +12,7 @@
 #include "layers/attention_modules.h"
 #include "layers/lora.h"
 #include "models/unet_2d_condition.h"
+#include "tests/expect_error.h"
 
 namespace calotype {
 namespace {
@@ -20,17 +21,6 @@ using nn::Attention;
 using nn::AttentionProcessor;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
-
-template <class E, class F>
-std::string Message(F f) {
-  try {
-    f();
-  } catch (const E& error) {
-    return error.what();
-  }
-  ADD_FAILURE() << "no error of the expected type";
-  return "";
-}
 
 Tensor Normal(const Shape& shape, uint64_t seed) { return Random(seed).NormalTensor(shape); }
 
@@ -189,10 +179,10 @@ TEST(AttentionProcessorTest, SpatialNorm) {
   Result expected = Evaluate(*Make(options, nn::AttnProcessor{}), inputs);
   ExpectSame(Evaluate(*Make(options, nn::AttnProcessor2_0{}), inputs), expected);
   EXPECT_GT(LargestAbs(expected.inputs[3]), 1e-3);
-  EXPECT_THAT(Message<UnsupportedError>([&] { Make(options, nn::SlicedAttnProcessor{}); }),
+  EXPECT_THAT(MessageOf<UnsupportedError>([&] { Make(options, nn::SlicedAttnProcessor{}); }),
               HasSubstr("spatial_norm_dim"));
   Attention attention(options);
-  EXPECT_THAT(Message<ShapeError>([&] { attention.Forward(inputs[0]); }), HasSubstr("temb"));
+  EXPECT_THAT(MessageOf<ShapeError>([&] { attention.Forward(inputs[0]); }), HasSubstr("temb"));
 }
 
 TEST(AttentionProcessorTest, AddedKVAgree) {
@@ -262,7 +252,7 @@ TEST(AttentionProcessorTest, CrossFrame) {
   CheckLayer(*Make(self, nn::CrossFrameAttnProcessor{2}), {x});
   Attention attention(self);
   attention.SetProcessor(nn::CrossFrameAttnProcessor{4});
-  EXPECT_THAT(Message<ShapeError>([&] { attention.Forward(x); }), HasSubstr("batch_size 4"));
+  EXPECT_THAT(MessageOf<ShapeError>([&] { attention.Forward(x); }), HasSubstr("batch_size 4"));
 }
 
 // Copies the module's projections into the processor's own.
@@ -425,7 +415,7 @@ TEST(AttentionProcessorTest, MisfitsAreRefusedAndChangeNothing) {
   auto error = [&](Attention& attention, const AttentionProcessor& processor) {
     std::string_view before = nn::NameOf(attention.processor());
     size_t parameters = attention.ParameterShapes().size();
-    std::string text = Message<ValueError>([&] { attention.SetProcessor(processor); });
+    std::string text = MessageOf<ValueError>([&] { attention.SetProcessor(processor); });
     EXPECT_EQ(nn::NameOf(attention.processor()), before);
     EXPECT_EQ(attention.ParameterShapes().size(), parameters);
     return text;
@@ -454,17 +444,17 @@ TEST(AttentionProcessorTest, MisfitsAreRefusedAndChangeNothing) {
   Attention added(
       {.query_dim = 6, .heads = 3, .dim_head = 2, .added_kv_proj_dim = 4, .norm_num_groups = 2});
   EXPECT_THAT(error(added, nn::AttnProcessor{}), HasSubstr("added_kv_proj_dim"));
-  EXPECT_THAT(Message<UnsupportedError>([&] { added.FuseProjections(); }), HasSubstr("fused"));
+  EXPECT_THAT(MessageOf<UnsupportedError>([&] { added.FuseProjections(); }), HasSubstr("fused"));
   EXPECT_THAT(
-      Message<ValueError>([&] { Attention a({.query_dim = 6, .only_cross_attention = true}); }),
+      MessageOf<ValueError>([&] { Attention a({.query_dim = 6, .only_cross_attention = true}); }),
       HasSubstr("only_cross_attention"));
-  EXPECT_THAT(Message<UnsupportedError>([&] { plain.SetProcessor("AttnProcessor3_0"); }),
+  EXPECT_THAT(MessageOf<UnsupportedError>([&] { plain.SetProcessor("AttnProcessor3_0"); }),
               HasSubstr("LoRAAttnAddedKVProcessor"));
   plain.FuseProjections();
   plain.SetProcessor(nn::FusedAttnProcessor2_0{});
-  EXPECT_THAT(Message<ValueError>([&] { plain.UnfuseProjections(); }),
+  EXPECT_THAT(MessageOf<ValueError>([&] { plain.UnfuseProjections(); }),
               HasSubstr("another processor"));
-  EXPECT_THAT(Message<ShapeError>([&] {
+  EXPECT_THAT(MessageOf<ShapeError>([&] {
                 Attention a({.query_dim = 6, .cross_attention_dim = 6, .heads = 3, .dim_head = 2});
                 a.FuseProjections();
                 a.SetProcessor(nn::FusedAttnProcessor2_0{});
@@ -505,7 +495,7 @@ TEST(AttentionModulesTest, OrderAndSetting) {
   auto extracted = map.extract(processors[1].first);
   extracted.key() = "down_blocks.7.processor";
   map.insert(std::move(extracted));
-  std::string text = Message<ValueError>([&] { nn::SetAttnProcessor(unet, map); });
+  std::string text = MessageOf<ValueError>([&] { nn::SetAttnProcessor(unet, map); });
   EXPECT_THAT(text, HasSubstr(processors[1].first));
   EXPECT_THAT(text, HasSubstr("down_blocks.7.processor"));
   EXPECT_THROW(nn::SetAttnProcessor(unet, nn::FusedAttnProcessor2_0{}), ValueError);
@@ -542,9 +532,9 @@ TEST(AttentionModulesTest, SlicingFusingAndLoRAOfAUNet) {
   EXPECT_LT(RelativeError(run(), expected), kClose);
   nn::SetAttentionSlice(unet, std::vector<int64_t>{1, 2, 3, 4, 1, 2, 3, 4});
   EXPECT_THAT(sizes(), ElementsAre(1, 2, 3, 4, 1, 2, 3, 4));
-  EXPECT_THAT(Message<ValueError>([&] { nn::SetAttentionSlice(unet, 5); }),
+  EXPECT_THAT(MessageOf<ValueError>([&] { nn::SetAttentionSlice(unet, 5); }),
               HasSubstr("slice size 5 for down_blocks.0"));
-  EXPECT_THAT(Message<ValueError>([&] { nn::SetAttentionSlice(unet, std::vector<int64_t>{1}); }),
+  EXPECT_THAT(MessageOf<ValueError>([&] { nn::SetAttentionSlice(unet, std::vector<int64_t>{1}); }),
               HasSubstr("1 slice sizes for 8"));
   EXPECT_THROW(nn::SetAttentionSlice(unet, "half"), ValueError);
   EXPECT_THAT(sizes(), ElementsAre(1, 2, 3, 4, 1, 2, 3, 4));
@@ -567,9 +557,9 @@ TEST(AttentionModulesTest, SlicingFusingAndLoRAOfAUNet) {
       "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_out_lora.up.weight";
   unet.FindParameter(name)->Write().CopyFrom(Normal({16, 4}, 3));
   EXPECT_GT(RelativeError(run(), expected), 1e-4);
-  EXPECT_THAT(Message<ValueError>([&] { nn::SetAttentionSlice(unet, 1); }),
+  EXPECT_THAT(MessageOf<ValueError>([&] { nn::SetAttentionSlice(unet, 1); }),
               HasSubstr("would be lost"));
-  EXPECT_THAT(Message<ValueError>([&] { nn::FuseQkvProjections(unet); }), HasSubstr("be lost"));
+  EXPECT_THAT(MessageOf<ValueError>([&] { nn::FuseQkvProjections(unet); }), HasSubstr("be lost"));
   nn::SetDefaultAttnProcessor(unet);
   EXPECT_EQ(unet.ParameterShapes().size(), parameters);
 }

@@ -13,6 +13,7 @@
 #include "layer_gradient.h"
 #include "pipelines/unet_folder.h"
 #include "temp_folder.h"
+#include "tests/expect_error.h"
 
 namespace calotype {
 namespace {
@@ -24,17 +25,6 @@ using ::testing::HasSubstr;
 
 fs::path Fixture(const std::string& name) {
   return fs::path(CALOTYPE_TEST_DATA) / "fixtures" / name;
-}
-
-template <class E, class F>
-std::string Message(F f) {
-  try {
-    f();
-  } catch (const E& error) {
-    return error.what();
-  }
-  ADD_FAILURE() << "no error of the expected type";
-  return "";
 }
 
 // Runs what `build` makes of an input of this value.
@@ -260,7 +250,7 @@ TEST(AutoencoderKLTest, TilingBoundsMemory) {
 TEST(AutoencoderKLTest, TilingIsChecked) {
   AutoencoderKL vae(TinyVae());
   auto error = [&](VaeTiling tiling) {
-    return Message<ValueError>([&] { vae.SetTiling(tiling); });
+    return MessageOf<ValueError>([&] { vae.SetTiling(tiling); });
   };
   EXPECT_THAT(error({.sample_size = 16, .overlap = 0.7}), HasSubstr("overlap 0.7"));
   EXPECT_THAT(error({.sample_size = 15}), HasSubstr("tiles of 15 pixels"));
@@ -273,7 +263,7 @@ TEST(AutoencoderKLTest, ConfigRoundTripAndErrors) {
   config.use_quant_conv = false;
   EXPECT_EQ(AutoencoderKLConfig::FromJson(config.ToJson()), config);
   auto error = [](const std::string& json) {
-    return Message<ValueError>([&] { AutoencoderKLConfig::FromJson(json); });
+    return MessageOf<ValueError>([&] { AutoencoderKLConfig::FromJson(json); });
   };
   EXPECT_THAT(error("[1"), HasSubstr("not JSON"));
   EXPECT_THAT(error(R"({"latent_chanels": 4})"), HasSubstr("'latent_chanels'"));
@@ -314,7 +304,7 @@ TEST(AutoencoderKLTest, OldNamesAndBadFiles) {
 
   auto error = [&](const std::map<std::string, Tensor>& content) {
     WriteSafetensors(weights, {content, {}});
-    return Message<Error>([&] { LoadAutoencoderKL(folder / "vae"); });
+    return MessageOf<Error>([&] { LoadAutoencoderKL(folder / "vae"); });
   };
   old["encoder.mid_block.attentions.0.to_q.weight"] = Tensor::Zeros({16, 16});
   EXPECT_THAT(error(old), HasSubstr("twice"));
@@ -345,7 +335,7 @@ TEST(ModelFolderTest, ShardsAndVariants) {
     folder.Write("vae/diffusion_pytorch_model.safetensors.index.json",
                  R"({"metadata": {"total_size": 1}, "weight_map": {)" + weight_map + "}}");
   };
-  auto error = [&] { return Message<FileError>([&] { LoadAutoencoderKL(folder / "vae"); }); };
+  auto error = [&] { return MessageOf<FileError>([&] { LoadAutoencoderKL(folder / "vae"); }); };
   EXPECT_THAT(error(), HasSubstr("diffusion_pytorch_model.safetensors: no such file"));
   write(map);
   for (int i : {0, 1}) {
@@ -471,7 +461,7 @@ TEST(CLIPTextModelTest, ConfigAndFileNames) {
   CLIPTextConfig config = TinyClip();
   EXPECT_EQ(CLIPTextConfig::FromJson(config.ToJson()), config);
   auto error = [](const std::string& json) {
-    return Message<ValueError>([&] { CLIPTextConfig::FromJson(json); });
+    return MessageOf<ValueError>([&] { CLIPTextConfig::FromJson(json); });
   };
   EXPECT_THAT(error(R"({"hidden_sice": 4})"), HasSubstr("'hidden_sice'"));
   EXPECT_THAT(error(R"({"model_type": "clip_vision_model"})"), HasSubstr("clip_vision_model"));
@@ -493,7 +483,7 @@ TEST(CLIPTextModelTest, ConfigAndFileNames) {
             0);
   tensors["text_model.more"] = Tensor::Zeros({1});
   WriteSafetensors(folder / "a/model.safetensors", {tensors, {}});
-  EXPECT_THAT(Message<FileError>([&] { LoadCLIPTextModel(folder / "a"); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { LoadCLIPTextModel(folder / "a"); }),
               HasSubstr("unexpected (1):\n  text_model.more"));
 }
 
@@ -590,7 +580,7 @@ TEST(CLIPTokenizerTest, BadFilesAreRefused) {
   TinyVocabulary v(kPairs);
   auto error = [](const std::string& vocab, const std::string& merges,
                   CLIPTokenizerConfig config = {}) {
-    return Message<ValueError>([&] { CLIPTokenizer tokenizer(vocab, merges, config); });
+    return MessageOf<ValueError>([&] { CLIPTokenizer tokenizer(vocab, merges, config); });
   };
   EXPECT_THAT(error(v.vocab, v.merges + "q z\n"),
               HasSubstr("line 9 of the merges needs token 'qz'"));
@@ -609,8 +599,8 @@ TEST(CLIPTokenizerTest, BadFilesAreRefused) {
   EXPECT_THAT(error(open + R"(, "new": "7"})", v.merges), HasSubstr("'new'"));
   EXPECT_THAT(error(v.vocab, v.merges, {.pad_token = "<pad>"}), HasSubstr("'<pad>'"));
   CLIPTokenizer tokenizer(v.vocab, v.merges);
-  EXPECT_THAT(Message<ValueError>([&] { tokenizer.Encode("ab\xff"); }), HasSubstr("byte 2"));
-  EXPECT_THAT(Message<ValueError>([&] { tokenizer.Decode(std::vector<int64_t>{521}); }),
+  EXPECT_THAT(MessageOf<ValueError>([&] { tokenizer.Encode("ab\xff"); }), HasSubstr("byte 2"));
+  EXPECT_THAT(MessageOf<ValueError>([&] { tokenizer.Decode(std::vector<int64_t>{521}); }),
               HasSubstr("521"));
 }
 
@@ -623,7 +613,7 @@ TEST(CLIPTokenizerTest, ConfigFile) {
   EXPECT_EQ(config.pad_token, "!");
   EXPECT_EQ(config.model_max_length, 16);
   auto error = [](const std::string& json) {
-    return Message<ValueError>([&] { CLIPTokenizerConfig::FromJson(json); });
+    return MessageOf<ValueError>([&] { CLIPTokenizerConfig::FromJson(json); });
   };
   EXPECT_THAT(error(R"({"do_lower_case": false})"), HasSubstr("do_lower_case"));
   EXPECT_THAT(error(R"({"model_max_length": 1})"), HasSubstr("model_max_length"));
