@@ -270,7 +270,7 @@ TEST(Emoji, MissingOrBadFont) {
 TEST(Emoji, DrawsTheDebianFont) {
   EmojiOptions options;
   if (!std::filesystem::exists(options.font) || !std::filesystem::exists(options.names)) {
-    GTEST_SKIP() << "packages fonts-noto-color-emoji and unicode-data are not installed";
+    FAIL() << "needs the packages fonts-noto-color-emoji and unicode-data (./dev setup)";
   }
   TempFolder folder;
   // One of each kind: plain, variation selector, ZWJ, flag, keycap, tag sequence, skin tone; and
@@ -332,7 +332,7 @@ TEST(Emoji, DrawsTheDebianFont) {
 TEST(Emoji, WholeList) {
   EmojiOptions options;
   if (!std::filesystem::exists(options.font) || !std::filesystem::exists(options.names)) {
-    GTEST_SKIP() << "packages fonts-noto-color-emoji and unicode-data are not installed";
+    FAIL() << "needs the packages fonts-noto-color-emoji and unicode-data (./dev setup)";
   }
   TempFolder folder;
   EmojiReport report = WriteEmojiFolder(folder / "out", options);
