@@ -99,14 +99,14 @@ void WriteCheckpoint(const std::filesystem::path& folder, const Checkpoint& chec
   SafetensorsLayout layout = LayOutSafetensors(file);
   Sha256 hash;
   hash.Update(layout.header);
-  for (const Tensor& tensor : layout.data) hash.Update(tensor.raw(), tensor.bytes());
+  layout.WriteData([&](const void* data, uint64_t size) { hash.Update(data, size); });
   size_t at = DigestPosition(layout.header);
   Check<InternalError>(at != std::string::npos, "checkpoint: no place for the digest");
   layout.header.replace(at, kHashDigits, hash.Finish());
 
   AtomicFile out(path);
   out.Write(layout.header);
-  for (const Tensor& tensor : layout.data) out.Write(tensor.raw(), tensor.bytes());
+  layout.WriteData([&](const void* data, uint64_t size) { out.Write(data, size); });
   out.Commit();
 
   // The new file is durable: only now may older ones go.

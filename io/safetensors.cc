@@ -10,6 +10,7 @@
 #include "core/error.h"
 #include "io/atomic_file.h"
 #include "io/file.h"
+#include "io/half.h"
 #include "io/safetensors_header.h"
 
 namespace calotype {
@@ -24,19 +25,6 @@ struct Source {
   uint64_t size;
   std::function<void(uint64_t, void*, uint64_t)> read;
 };
-
-float HalfToFloat(uint16_t bits) {
-  uint32_t sign = uint32_t{bits & 0x8000u} << 16;
-  uint32_t exponent = (bits >> 10) & 31u, mantissa = bits & 0x3ffu;
-  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000u | mantissa << 13);
-  if (exponent == 0) {
-    float value = static_cast<float>(mantissa) * 0x1p-24f;  // subnormal, exact
-    return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(value));
-  }
-  return std::bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
-}
-
-float BrainToFloat(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
 
 // Reads the range of `entry` in pieces and stores convert(element) for each stored element, so that
 // the peak stays at the tensor plus one piece.
@@ -121,11 +109,15 @@ TensorFileHeader ReadHeader(const Source& source) {
   return ParseSafetensorsHeader(json, source.size - 8 - length, source.name);
 }
 
-TensorFile ReadAll(const Source& source) {
+TensorFile ReadAll(const Source& source,
+                   const std::function<bool(const TensorEntry&)>& wanted = {}) {
   TensorFileHeader header = ReadHeader(source);
   TensorFile result;
   for (const TensorEntry& entry : header.entries) {
+    if (wanted && !wanted(entry)) continue;
     result.tensors.emplace(entry.name, ReadTensor(source, entry, header.data_begin));
+    if (entry.dtype == "F16") result.formats.emplace(entry.name, FloatFormat::kF16);
+    if (entry.dtype == "BF16") result.formats.emplace(entry.name, FloatFormat::kBF16);
   }
   result.metadata = std::move(header.metadata);
   return result;
@@ -136,33 +128,27 @@ Source FileSource(const InputFile& file) {
           [&file](uint64_t offset, void* data, uint64_t size) { file.ReadAt(offset, data, size); }};
 }
 
-std::string_view FormatName(DType dtype) {
+// The file's name of a dtype and its place among the tensors: the reference writer orders by
+// alignment first, within it by the order of its list of dtypes.
+struct StoredType {
+  std::string_view name;
+  int order;
+  int64_t size;
+};
+StoredType StoredTypeOf(DType dtype, FloatFormat format) {
   switch (dtype) {
-    case DType::kF32:
-      return "F32";
-    case DType::kF64:
-      return "F64";
-    case DType::kI32:
-      return "I32";
     case DType::kI64:
-      return "I64";
+      return {"I64", 0, 8};
+    case DType::kF64:
+      return {"F64", 1, 8};
+    case DType::kF32:
+      if (format == FloatFormat::kBF16) return {"BF16", 4, 2};
+      if (format == FloatFormat::kF16) return {"F16", 5, 2};
+      return {"F32", 2, 4};
+    case DType::kI32:
+      return {"I32", 3, 4};
   }
   Fail<InternalError>("safetensors: dtype number {}", static_cast<int>(dtype));
-}
-
-// The reference writer orders by alignment first; within it by the order of its list of dtypes.
-int FormatOrder(DType dtype) {
-  switch (dtype) {
-    case DType::kI64:
-      return 0;
-    case DType::kF64:
-      return 1;
-    case DType::kF32:
-      return 2;
-    case DType::kI32:
-      return 3;
-  }
-  return 4;
 }
 
 std::string JsonString(const std::string& text, const char* what) {
@@ -175,6 +161,12 @@ std::string JsonString(const std::string& text, const char* what) {
 TensorFile ReadSafetensors(const std::filesystem::path& path) {
   InputFile file(path);
   return ReadAll(FileSource(file));
+}
+
+TensorFile ReadSafetensors(const std::filesystem::path& path,
+                           const std::function<bool(const TensorEntry&)>& wanted) {
+  InputFile file(path);
+  return ReadAll(FileSource(file), wanted);
 }
 
 TensorFileHeader ReadSafetensorsHeader(const std::filesystem::path& path) {
@@ -190,6 +182,25 @@ TensorFile ParseSafetensors(std::string_view bytes, const std::string& name) {
                   }});
 }
 
+FloatFormat ParseFloatFormat(std::string_view name) {
+  for (auto [known, format] :
+       {std::pair("float32", FloatFormat::kF32), std::pair("fp32", FloatFormat::kF32),
+        std::pair("float16", FloatFormat::kF16), std::pair("fp16", FloatFormat::kF16),
+        std::pair("half", FloatFormat::kF16), std::pair("bfloat16", FloatFormat::kBF16),
+        std::pair("bf16", FloatFormat::kBF16)}) {
+    if (name == known) return format;
+  }
+  Fail("dtype `{}` is not known; there are float32, float16 and bfloat16", name);
+}
+
+void TensorFile::SetFormat(FloatFormat format) {
+  formats.clear();
+  if (format == FloatFormat::kF32) return;
+  for (const auto& [name, tensor] : tensors) {
+    if (tensor.dtype() == DType::kF32) formats[name] = format;
+  }
+}
+
 SafetensorsLayout LayOutSafetensors(const TensorFile& file) {
   std::map<std::string, std::string> metadata = file.metadata;
   metadata.emplace("format", "pt");
@@ -201,25 +212,42 @@ SafetensorsLayout LayOutSafetensors(const TensorFile& file) {
     comma = ",";
   }
   json += "}";
-  std::vector<std::pair<std::string, Tensor>> order(file.tensors.begin(), file.tensors.end());
-  std::stable_sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
-    return FormatOrder(a.second.dtype()) < FormatOrder(b.second.dtype());
-  });
+  for (const auto& [name, format] : file.formats) {
+    auto tensor = file.tensors.find(name);
+    Check(tensor != file.tensors.end() && tensor->second.dtype() == DType::kF32,
+          "safetensors: a format is given for {}, which is no f32 tensor of the file",
+          Quoted(name));
+  }
+  struct Stored {
+    std::string name;
+    Tensor tensor;
+    FloatFormat format;
+    StoredType type;
+  };
+  std::vector<Stored> order;
+  for (const auto& [name, tensor] : file.tensors) {
+    Check(tensor.defined(), "safetensors: tensor {} is undefined", Quoted(name));
+    auto found = file.formats.find(name);
+    FloatFormat format = found == file.formats.end() ? FloatFormat::kF32 : found->second;
+    order.push_back({name, tensor, format, StoredTypeOf(tensor.dtype(), format)});
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [](const Stored& a, const Stored& b) { return a.type.order < b.type.order; });
   SafetensorsLayout layout;
   int64_t position = 0;
-  for (const auto& [name, tensor] : order) {
-    Check(tensor.defined(), "safetensors: tensor {} is undefined", Quoted(name));
+  for (const auto& [name, tensor, format, type] : order) {
     Check(name != "__metadata__" && name.size() <= kMaxTensorName &&
               name.find('\0') == std::string::npos,
           "safetensors: {} cannot name a tensor", Quoted(name));
-    int64_t end = CheckedAdd(position, tensor.bytes(), "safetensors file");
+    int64_t end = CheckedAdd(position, CheckedMul(tensor.elements(), type.size, "safetensors file"),
+                             "safetensors file");
     std::string dims;
     for (int64_t dim : tensor.shape()) dims += fmt::format("{}{}", dims.empty() ? "" : ",", dim);
     json += fmt::format(",{}:{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{},{}]}}",
-                        JsonString(name, "tensor name"), FormatName(tensor.dtype()), dims, position,
-                        end);
+                        JsonString(name, "tensor name"), type.name, dims, position, end);
     position = end;
     layout.data.push_back(tensor);
+    layout.formats.push_back(format);
   }
   json += "}";
   json.resize((json.size() + 7) / 8 * 8, ' ');
@@ -232,22 +260,39 @@ SafetensorsLayout LayOutSafetensors(const TensorFile& file) {
   return layout;
 }
 
+void SafetensorsLayout::WriteData(const std::function<void(const void*, uint64_t)>& sink) const {
+  constexpr int64_t kPiece = 1 << 16;
+  std::vector<uint16_t> piece;
+  for (size_t i = 0; i < data.size(); ++i) {
+    const Tensor& tensor = data[i];
+    if (formats[i] == FloatFormat::kF32) {
+      sink(tensor.raw(), static_cast<uint64_t>(tensor.bytes()));
+      continue;
+    }
+    auto convert = formats[i] == FloatFormat::kF16 ? FloatToHalf : FloatToBrain;
+    for (int64_t start = 0; start < tensor.elements(); start += kPiece) {
+      piece.resize(static_cast<size_t>(std::min(kPiece, tensor.elements() - start)));
+      const float* from = tensor.data() + start;
+      for (size_t k = 0; k < piece.size(); ++k) piece[k] = convert(from[k]);
+      sink(piece.data(), piece.size() * sizeof(uint16_t));
+    }
+  }
+}
+
 void WriteSafetensors(const std::filesystem::path& path, const TensorFile& file) {
   SafetensorsLayout layout = LayOutSafetensors(file);
   AtomicFile out(path);
   out.Write(layout.header);
-  for (const Tensor& tensor : layout.data) {
-    out.Write(tensor.raw(), static_cast<uint64_t>(tensor.bytes()));
-  }
+  layout.WriteData([&](const void* data, uint64_t size) { out.Write(data, size); });
   out.Commit();
 }
 
 std::string FormatSafetensors(const TensorFile& file) {
   SafetensorsLayout layout = LayOutSafetensors(file);
   std::string bytes = std::move(layout.header);
-  for (const Tensor& tensor : layout.data) {
-    bytes.append(static_cast<const char*>(tensor.raw()), static_cast<size_t>(tensor.bytes()));
-  }
+  layout.WriteData([&](const void* data, uint64_t size) {
+    bytes.append(static_cast<const char*>(data), static_cast<size_t>(size));
+  });
   return bytes;
 }
 

@@ -14,6 +14,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <string>
 #include <string_view>
@@ -23,9 +24,20 @@
 
 namespace calotype {
 
+// How floating-point tensors stand in a file; in memory they are f32.
+enum class FloatFormat : uint8_t { kF32, kF16, kBF16 };
+// PyTorch's names float32, float16 and bfloat16, also fp32, fp16, half and bf16. Errors:
+// ValueError.
+FloatFormat ParseFloatFormat(std::string_view name);
+
 struct TensorFile {
   std::map<std::string, Tensor> tensors;
   std::map<std::string, std::string> metadata;
+  // Of f32 tensors that stand in the file in another format than F32.
+  std::map<std::string, FloatFormat> formats = {};
+
+  // All f32 tensors in this format.
+  void SetFormat(FloatFormat format);
 };
 
 // What a header says of one tensor, before conversion.
@@ -46,6 +58,9 @@ struct TensorFileHeader {
 // I8, U16 and I16 become i32; U32 and U64 become i64. Errors: FileError naming the file and the
 // tensor or byte, also for other dtypes and for U64 values above 2^63 - 1.
 TensorFile ReadSafetensors(const std::filesystem::path& path);
+// Only the tensors that `wanted` says; the others' data is not read.
+TensorFile ReadSafetensors(const std::filesystem::path& path,
+                           const std::function<bool(const TensorEntry&)>& wanted);
 // The same for a file in memory; `name` stands for the path in messages.
 TensorFile ParseSafetensors(std::string_view bytes, const std::string& name);
 // Only the header: names, dtypes and shapes without the data.
@@ -53,12 +68,15 @@ TensorFileHeader ReadSafetensorsHeader(const std::filesystem::path& path);
 
 // A file as it will be written: the first bytes (length and header), then the tensors' bytes in
 // order. The form is canonical, byte for byte that of the reference writer: metadata first, tensors
-// by dtype (I64, F64, F32, I32) and name, header padded with spaces to 8 bytes. Metadata gets
-// "format": "pt" unless it has a format. Errors: ValueError for a name or metadata that the reader
-// would refuse, or an undefined tensor.
+// by dtype (I64, F64, F32, I32, BF16, F16) and name, header padded with spaces to 8 bytes. Metadata
+// gets "format": "pt" unless it has a format. Errors: ValueError for a name or metadata that the
+// reader would refuse, an undefined tensor, or a format of a tensor that is not there or not f32.
 struct SafetensorsLayout {
   std::string header;
   std::vector<Tensor> data;
+  std::vector<FloatFormat> formats;  // of the data
+  // Passes the bytes of all data to `sink` in order, halves rounded as io/half.h says.
+  void WriteData(const std::function<void(const void*, uint64_t)>& sink) const;
 };
 SafetensorsLayout LayOutSafetensors(const TensorFile& file);
 

@@ -20,6 +20,7 @@
 #include "io/atomic_file.h"
 #include "io/checkpoint.h"
 #include "io/file.h"
+#include "io/half.h"
 #include "io/safetensors.h"
 #include "tests/expect_error.h"
 #include "tests/safetensors_corpus.h"
@@ -145,6 +146,116 @@ TEST(Safetensors, HalfPrecisionIsExact) {
     ASSERT_TRUE(same(half.data()[i], value(5, 10))) << i;
     ASSERT_TRUE(same(brain.data()[i], value(8, 7))) << i;
   }
+}
+
+// float, F16 and BF16 bits; those of NumPy 2 and PyTorch 2.15.
+struct Rounding {
+  uint32_t x;
+  uint16_t half, brain;
+};
+constexpr Rounding kRoundings[] = {
+    {0x00000000, 0x0000, 0x0000}, {0x80000000, 0x8000, 0x8000}, {0x3f800000, 0x3c00, 0x3f80},
+    {0xc0200000, 0xc100, 0xc020}, {0x3eaaaaab, 0x3555, 0x3eab}, {0x477fe000, 0x7bff, 0x4780},
+    {0x477feffd, 0x7bff, 0x4780}, {0x477ff000, 0x7c00, 0x4780}, {0xc77ff000, 0xfc00, 0xc780},
+    {0x47800000, 0x7c00, 0x4780}, {0x501502f9, 0x7c00, 0x5015}, {0x7f800000, 0x7c00, 0x7f80},
+    {0xff800000, 0xfc00, 0xff80}, {0x33800000, 0x0001, 0x3380}, {0x33000000, 0x0000, 0x3300},
+    {0x33000001, 0x0001, 0x3300}, {0x33c00000, 0x0002, 0x33c0}, {0x38800000, 0x0400, 0x3880},
+    {0x387fe000, 0x0400, 0x3880}, {0x387fd000, 0x03ff, 0x3880}, {0x3f801000, 0x3c00, 0x3f80},
+    {0x3f803000, 0x3c02, 0x3f80}, {0x3f801008, 0x3c01, 0x3f80}, {0x322bcc77, 0x0000, 0x322c},
+    {0x337ffae5, 0x0001, 0x3380}, {0x000116c2, 0x0000, 0x0001}, {0x80000001, 0x8000, 0x8000},
+    {0x3f808000, 0x3c04, 0x3f80}, {0x3f818000, 0x3c0c, 0x3f82}, {0x3f808008, 0x3c04, 0x3f81},
+    {0x7f7f0000, 0x7c00, 0x7f7f}, {0x7f7fc99e, 0x7c00, 0x7f80}, {0xff7fffff, 0xfc00, 0xff80},
+    {0x3dcccccd, 0x2e66, 0x3dcd}, {0x45001000, 0x6800, 0x4500}, {0x45003000, 0x6802, 0x4500},
+    {0x437f8000, 0x5bfc, 0x4380}, {0x43808000, 0x5c04, 0x4380}};
+
+TEST(Half, RoundsToNearestEven) {
+  for (const Rounding& r : kRoundings) {
+    float x = std::bit_cast<float>(r.x);
+    EXPECT_EQ(FloatToHalf(x), r.half) << x;
+    EXPECT_EQ(FloatToBrain(x), r.brain) << x;
+  }
+  // NaN stays one, also if its fraction is in the lost bits only.
+  for (uint32_t bits : {0x7fc00000u, 0xffc00000u, 0x7f800001u, 0xff801000u, 0x7fffffffu}) {
+    float x = std::bit_cast<float>(bits);
+    EXPECT_TRUE(std::isnan(HalfToFloat(FloatToHalf(x)))) << bits;
+    EXPECT_TRUE(std::isnan(BrainToFloat(FloatToBrain(x)))) << bits;
+    EXPECT_EQ(FloatToHalf(x) >> 15, bits >> 31);
+    EXPECT_EQ(FloatToBrain(x) >> 15, bits >> 31);
+  }
+  // By definition: no number of the format is nearer, and of two equally near ones it is the even.
+  auto check = [](float x, uint16_t bits, auto to_float) {
+    double value = to_float(bits), distance = std::abs(value - x);
+    for (int step : {-1, 1}) {
+      auto next = static_cast<uint16_t>(bits + step);
+      if ((bits & 0x7fff) == 0 && step < 0) next = bits ^ 0x8001;  // the other side of zero
+      double other = to_float(next);
+      if (!std::isfinite(other)) continue;
+      ASSERT_GE(std::abs(other - x), distance) << x;
+      ASSERT_TRUE(std::abs(other - x) > distance || bits % 2 == 0) << x;
+    }
+  };
+  Random random(5, "halves");
+  for (int trial = 0; trial < 200'000; ++trial) {
+    // Many are half-way cases, where the bits behind those that stay are 1000...
+    auto bits = static_cast<uint32_t>(random.Next());
+    if (trial % 4 == 0) bits = (bits & 0xffffe000u) | 0x1000u;
+    if (trial % 4 == 1) bits = (bits & 0xffff0000u) | 0x8000u;
+    if (trial % 4 == 2) bits = (bits & 0x87ffffffu) | 0x30000000u;  // the range of F16
+    float x = std::bit_cast<float>(bits);
+    if (std::abs(x) < 65504) check(x, FloatToHalf(x), HalfToFloat);
+    if (std::abs(x) < 3.3e38f) check(x, FloatToBrain(x), BrainToFloat);
+  }
+}
+
+// Every bit pattern of both formats comes back, NaNs included.
+TEST(Safetensors, HalvesAreWrittenAsTheyWere) {
+  std::vector<uint16_t> all(65536);
+  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<uint16_t>(i);
+  for (const char* dtype : {"F16", "BF16"}) {
+    std::string bytes = FileWith(dtype, all);
+    TensorFile file = ParseSafetensors(bytes, "f");
+    EXPECT_EQ(file.formats.size(), 1u);
+    std::string again = FormatSafetensors(file);
+    EXPECT_EQ(again.substr(again.size() - 2 * all.size()),
+              bytes.substr(bytes.size() - 2 * all.size()));
+    ASSERT_THAT(again, HasSubstr("\"dtype\":\"" + std::string(dtype) + "\""));
+  }
+}
+
+// Header and digest are those of the file that the Python package safetensors 0.8.0 writes.
+TEST(Safetensors, MixedFormats) {
+  TensorFile file;
+  file.tensors["a"] = Tensor::From<float>({2}, std::vector<float>{1, 1.0f / 3});
+  file.tensors["b"] = Tensor::From<float>({3}, std::vector<float>{0.1f, -65520, 1e-8f});
+  file.tensors["c"] = Tensor::From<float>({1}, std::vector<float>{0.1f});
+  file.tensors["n"] = Tensor::From<int64_t>({1}, std::vector<int64_t>{3});
+  file.SetFormat(FloatFormat::kF16);
+  EXPECT_EQ(file.formats.size(), 3u);  // not of the integers
+  file.formats["b"] = FloatFormat::kBF16;
+  file.formats.erase("c");
+  std::string bytes = FormatSafetensors(file);
+  EXPECT_EQ(Sha256Of(bytes), "3de4a3681506e013209f20a88088c3785548091e33bdd7eb6531fa6767fd8d58");
+  TempFolder folder;
+  WriteSafetensors(folder / "m.safetensors", file);
+  EXPECT_EQ(ReadFile(folder / "m.safetensors"), bytes);
+  TensorFile back = ReadSafetensors(folder / "m.safetensors");
+  EXPECT_EQ(back.formats, file.formats);
+  EXPECT_EQ(FormatSafetensors(back), bytes);
+  file.SetFormat(FloatFormat::kF32);
+  EXPECT_TRUE(file.formats.empty());
+  // Only what is wanted is read.
+  TensorFile part = ReadSafetensors(folder / "m.safetensors",
+                                    [](const TensorEntry& entry) { return entry.name == "b"; });
+  EXPECT_EQ(part.tensors.size(), 1u);
+  EXPECT_EQ(part.formats.size(), 1u);
+
+  file.formats["n"] = FloatFormat::kF16;
+  EXPECT_THAT(MessageOf<ValueError>([&] { FormatSafetensors(file); }), HasSubstr("'n'"));
+  file.formats = {{"gone", FloatFormat::kF16}};
+  EXPECT_THAT(MessageOf<ValueError>([&] { FormatSafetensors(file); }), HasSubstr("'gone'"));
+  EXPECT_EQ(ParseFloatFormat("bfloat16"), FloatFormat::kBF16);
+  EXPECT_EQ(ParseFloatFormat("fp16"), FloatFormat::kF16);
+  EXPECT_THAT(MessageOf<ValueError>([] { ParseFloatFormat("f8"); }), HasSubstr("bfloat16"));
 }
 
 TEST(Safetensors, IntegerTypesWiden) {
