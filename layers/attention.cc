@@ -125,6 +125,11 @@ void Attention::SetProcessor(const AttentionProcessor& processor) {
   Changed();
 }
 
+void Attention::SetAttentionProbsHook(AttentionProbsHook hook) {
+  probs_hook_ = std::move(hook);
+  Changed();
+}
+
 void Attention::FuseProjections() {
   const Options& o = options_;
   Check<UnsupportedError>(o.added_kv_proj_dim == 0,

@@ -2,6 +2,7 @@
 // says how queries, keys and values meet (attention_processors.h).
 #pragma once
 
+#include <functional>
 #include <map>
 #include <string>
 #include <string_view>
@@ -34,6 +35,16 @@ struct AttentionInputs {
   Value encoder_hidden_states;  // [B or 1, S, cross_attention_dim]; absent: self-attention
   Value attention_mask;         // [B or B*heads, 1 or T, S], added to the scaled scores
   Value temb;                   // picture for spatial_norm [B, spatial_norm_dim, h, w]
+};
+
+// Looks at, or edits, the probabilities of a module, softmax(scale q k^T + mask), while its graph
+// is built.
+struct AttentionProbsHook {
+  // Is given the probabilities [B, heads, T, S] and returns what multiplies the values in their
+  // place (its argument, to only look at them): a value of the same graph and shape.
+  std::function<Value(Value probs)> edit;
+  // False for T and S at which the module shall compute as without a hook; absent: true for all.
+  std::function<bool(int64_t tokens, int64_t keys)> wants;
 };
 
 // Inputs: those of AttentionInputs, in that order. Result: of the shape of hidden_states (width
@@ -89,6 +100,10 @@ class Attention : public Layer {
   const AttentionProcessor& processor() const { return processor_; }
   bool processor_has_parameters() const { return !processor_layers_.empty(); }
 
+  // With a hook the module stores its scores, whatever its processor: graphs that are built from
+  // now on call it once. A hook without `edit` leaves the scores to the processor again.
+  void SetAttentionProbsHook(AttentionProbsHook hook);
+
   // Adds the rows of to_q, to_k and to_v in one projection to_qkv (self-attention), or those of
   // to_k and to_v in to_kv, for FusedAttnProcessor2_0. The originals stay, and stay apart: a later
   // change of one does not reach the other. Errors: UnsupportedError with added_kv_proj_dim.
@@ -109,6 +124,7 @@ class Attention : public Layer {
 
   Options options_;
   AttentionProcessor processor_;
+  AttentionProbsHook probs_hook_;
   std::map<std::string, Layer*> processor_layers_;  // without "processor."
   SpatialNorm* spatial_norm_ = nullptr;
   GroupNorm *group_norm_ = nullptr, *norm_cross_group_ = nullptr;

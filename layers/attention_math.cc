@@ -30,13 +30,13 @@ ExplicitAttentionResult ExplicitAttention(Value q, Value k, Value v, int64_t hea
     scores = Select(visible, scores, graph.Constant(-1e30f));
   }
   Value weights = Softmax(scores, -1);
-  Value used = weights;
+  Value used = options.edit ? options.edit(weights) : weights;
   if (options.dropout > 0) {
     Check(options.seed.defined(), "attention: a dropout of {} needs a seed", options.dropout);
     auto drop = static_cast<float>(options.dropout);
     Value keep = LessOrEqual(q.graph->Constant(drop),
                              PhiloxUniform(options.seed, weights.shape(), options.stream));
-    used = weights * (keep / (1 - drop));
+    used = used * (keep / (1 - drop));
   }
   Value out = Permute(MatMul(used, SplitHeads(v, heads)), {0, 2, 1, 3});
   return {Reshape(out, {q.dim(0), tokens, v.dim(2)}), weights};

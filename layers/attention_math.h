@@ -1,19 +1,22 @@
 // Attention with explicit scores, for processors and layers that need the weights themselves.
 #pragma once
 
+#include <functional>
+
 #include "graph/functions.h"
 
 namespace calotype {
 
 struct ExplicitAttentionResult {
   Value out;      // [B, L, H*Dv]
-  Value weights;  // [B, H, L, S]: softmax(scale q k^T + mask), before dropout
+  Value weights;  // [B, H, L, S]: softmax(scale q k^T + mask), before edit and dropout
 };
 struct ExplicitAttentionOptions {
   bool causal = false;  // query i sees keys j <= i
   double dropout = 0;   // drops weights with the mask that the fused Attention op draws
   int64_t stream = 0;   // of the random numbers
   Value seed = {};      // i64[1], needed for a dropout
+  std::function<Value(Value weights)> edit = {};  // gives the weights that are used
 };
 // The same function as the fused Attention op in plain ops; stores the L x S weights. q [B, L,
 // H*D], k, v [B or 1, S, H*D]; mask broadcasts to [B, H, L, S].

@@ -221,7 +221,11 @@ Value AttentionProcessorBuilder::Project(std::string_view name, Linear* base, Va
     return it == attention.processor_layers_.end() ? nullptr : it->second;
   };
   for (const char* suffix : {"_custom_diffusion", "_custom_diffusion.0"}) {
-    if (Layer* layer = own(suffix)) return layer->Call(x);
+    if (Layer* layer = own(suffix)) {
+      Check(base->loras().empty(), "{}: {} replaces {}, whose low-rank terms would be ignored",
+            attention.Describe(), NameOf(attention.processor_), base->path());
+      return layer->Call(x);
+    }
   }
   Value y = base->Call(x);
   if (Layer* lora = own("_lora")) y = y + lora->Call(x);
@@ -286,6 +290,20 @@ Value AttentionProcessorBuilder::Attend(const AttentionKernel& kernel, Value q, 
                                         Value mask) {
   int64_t heads = attention.options_.heads;
   double scale = attention.scale();
+  const AttentionProbsHook& hook = attention.probs_hook_;
+  if (hook.edit && (!hook.wants || hook.wants(q.dim(1), k.dim(1)))) {
+    auto edit = [&](Value probs) {
+      Value edited = hook.edit(probs);
+      Check<ShapeError>(edited.defined() && edited.shape() == probs.shape(),
+                        "{}: the hook made attention probabilities {} of {}; they must keep their "
+                        "shape",
+                        attention.Describe(),
+                        edited.defined() ? edited.shape().ToString() : "that are undefined",
+                        probs.shape());
+      return edited;
+    };
+    return ExplicitAttention(q, k, v, heads, scale, mask, {.edit = edit}).out;
+  }
   switch (kernel.kind) {
     case Kind::kExplicit:
       return ExplicitAttention(q, k, v, heads, scale, mask).out;
@@ -324,6 +342,11 @@ Value AttentionProcessorBuilder::FusedProjections() {
   Check<ShapeError>(cross == in.encoder_hidden_states.defined(),
                     "{}: the fused projections of this module serve {}-attention only",
                     attention.Describe(), cross ? "cross" : "self");
+  for (const Linear* replaced : {attention.to_q_, attention.to_k_, attention.to_v_}) {
+    Check((cross && replaced == attention.to_q_) || replaced->loras().empty(),
+          "{}: {} replaces {}, whose low-rank terms would be ignored", attention.Describe(),
+          FusedAttnProcessor2_0::kName, replaced->path());
+  }
   Value tokens = Tokens(), source = Source(tokens);
   Value mask = Mask(tokens.dim(0), tokens.dim(1), source.dim(1), source.dim(1));
   int64_t inner = attention.inner_dim();

@@ -5,6 +5,7 @@
 
 #include "graph/functions.h"
 #include "layers/activation.h"
+#include "layers/transformer.h"
 #include "models/json_fields.h"
 
 namespace calotype {
@@ -122,12 +123,12 @@ CLIPEncoderLayer::CLIPEncoderLayer(const CLIPTextConfig& c)
 
 std::vector<Value> CLIPEncoderLayer::ExportComputationGraph(ComputationGraph&,
                                                             std::span<const Value> inputs) {
-  Value x = Required(inputs, 0, "hidden_states");
+  Value x = Required(inputs, 0, "hidden_states"), mask = Optional(inputs, 1);
   Value h = layer_norm1_->Call(x);
   Value q = q_proj_->Call(h), k = k_proj_->Call(h), v = v_proj_->Call(h);
   double width = static_cast<double>(q.dim(2)) / static_cast<double>(heads_);
   AttentionOptions options{.heads = heads_, .scale = 1 / std::sqrt(width), .causal = true};
-  x = x + out_proj_->Call(calotype::Attention(q, k, v, options).out);
+  x = x + out_proj_->Call(calotype::Attention(q, k, v, options, mask).out);
   return {x + fc2_->Call(Activate(act_, fc1_->Call(layer_norm2_->Call(x))))};
 }
 
@@ -156,13 +157,20 @@ void CLIPTextModel::SetClipSkip(int64_t clip_skip) {
   Changed();
 }
 
-CLIPTextModel::Output CLIPTextModel::Build(Value ids) {
+CLIPTextModel::Output CLIPTextModel::Build(Value ids, Value attention_mask) {
   Check<ShapeError>(
       ids.rank() == 2 && ids.dim(1) > 0 && ids.dim(1) <= config_.max_position_embeddings,
       "{}: ids {} must be [B, T] with T from 1 to {}", Describe(), ids.shape(),
       config_.max_position_embeddings);
   ComputationGraph& graph = *ids.graph;
   int64_t tokens = ids.dim(1);
+  Value mask;
+  if (attention_mask.defined()) {
+    Check<ShapeError>(attention_mask.shape() == ids.shape(),
+                      "{}: attention_mask {} must have the shape of ids {}", Describe(),
+                      attention_mask.shape(), ids.shape());
+    mask = Reshape(nn::MaskToBias(attention_mask), {ids.dim(0), 1, 1, tokens});
+  }
   std::vector<int64_t> positions;
   std::vector<float> from_end;
   for (int64_t i = 0; i < tokens; ++i) {
@@ -174,7 +182,7 @@ CLIPTextModel::Output CLIPTextModel::Build(Value ids) {
             position_embedding_->Call(graph.Constant(Tensor::From({tokens}, positions)));
   output.hidden_states.push_back(x);
   for (nn::CLIPEncoderLayer* layer : layers_) {
-    x = layer->Call(x);
+    x = layer->Call({x, mask});
     output.hidden_states.push_back(x);
   }
   Value last = final_layer_norm_->Call(x);
@@ -198,7 +206,7 @@ CLIPTextModel::Output CLIPTextModel::Build(Value ids) {
 
 std::vector<Value> CLIPTextModel::ExportComputationGraph(ComputationGraph&,
                                                          std::span<const Value> inputs) {
-  Output output = Build(Required(inputs, 0, "ids"));
+  Output output = Build(Required(inputs, 0, "ids"), Optional(inputs, 1));
   return {output.last_hidden_state, output.pooler_output};
 }
 

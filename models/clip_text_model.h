@@ -37,7 +37,8 @@ struct CLIPTextConfig {
 namespace nn {
 
 // x += out_proj(attention(layer_norm1(x))), token i sees tokens j <= i, scale 1/sqrt(head width);
-// x += fc2(act(fc1(layer_norm2(x)))). x [B, T, hidden_size].
+// x += fc2(act(fc1(layer_norm2(x)))). x [B, T, hidden_size]; mask (optional) is added to the scores
+// [B, heads, T, T].
 class CLIPEncoderLayer : public Layer {
  public:
   explicit CLIPEncoderLayer(const CLIPTextConfig& config);
@@ -53,7 +54,8 @@ class CLIPEncoderLayer : public Layer {
 
 }  // namespace nn
 
-// Input: ids [B, T] (i32 or i64), T <= max_position_embeddings. Outputs: last_hidden_state [B, T,
+// Inputs: ids [B, T] (i32 or i64), T <= max_position_embeddings; attention_mask (optional) f32 [B,
+// T], 1 for tokens to see and 0 for those that no token sees. Outputs: last_hidden_state [B, T,
 // hidden_size], what a U-Net attends to, and pooler_output [B, hidden_size]. Padding is a token
 // like others: it is not masked.
 class CLIPTextModel : public Layer {
@@ -75,7 +77,7 @@ class CLIPTextModel : public Layer {
     // none.
     Value pooler_output;
   };
-  Output Build(Value ids);
+  Output Build(Value ids, Value attention_mask = {});
 
   // The number of last layers that last_hidden_state leaves out, as diffusers' clip_skip; 0 at
   // first. Errors: ValueError unless 0 <= clip_skip < num_hidden_layers.
