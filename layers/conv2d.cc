@@ -6,7 +6,7 @@
 
 namespace calotype::nn {
 
-Conv2d::Conv2d(const Options& options) : Layer("Conv2d"), options_(options) {
+Conv2d::Conv2d(const Options& options) : LoRACompatible("Conv2d"), options_(options) {
   const Options& o = options_;
   Check(o.in_channels > 0 && o.out_channels > 0 && o.kernel_size > 0 && o.stride > 0,
         "Conv2d: in_channels {}, out_channels {}, kernel_size {} and stride {} must be positive",
@@ -27,8 +27,18 @@ std::vector<Value> Conv2d::ExportComputationGraph(ComputationGraph& graph,
                     "{}: x {} must be [B, C, H, W] with {} channels", Describe(), x.shape(),
                     options_.in_channels);
   int64_t near = options_.padding, far = options_.padding + options_.extra_padding;
-  return {calotype::Conv2d(x, Leaf(graph, "weight"), options_.bias ? Leaf(graph, "bias") : Value{},
-                           {options_.stride, near, far, near, far})};
+  Value y =
+      calotype::Conv2d(x, Leaf(graph, "weight"), options_.bias ? Leaf(graph, "bias") : Value{},
+                       {options_.stride, near, far, near, far});
+  return {WithLoRA(x, y)};
+}
+
+LoRALayer* Conv2d::MakeLoRA(const std::string& name, int64_t rank,
+                            std::optional<double> network_alpha) {
+  const Options& o = options_;
+  return AddLayer<LoRAConv2dLayer>(
+      name, LoRAConv2dLayer::Options{o.in_channels, o.out_channels, o.kernel_size, o.stride,
+                                     o.padding, o.extra_padding, rank, network_alpha});
 }
 
 }  // namespace calotype::nn

@@ -1,14 +1,14 @@
 // Conv2d: torch.nn.Conv2d with square kernels, equal strides, no dilation or groups.
 #pragma once
 
-#include "layers/layer.h"
+#include "layers/lora.h"
 
 namespace calotype::nn {
 
 // Cross-correlation of x [B, in_channels, H, W] with weight [out_channels, in_channels, k, k] and
 // bias [out_channels]; weight and bias are drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), fan_in =
 // in_channels k k, as in PyTorch.
-class Conv2d : public Layer {
+class Conv2d : public LoRACompatible {
  public:
   struct Options {
     int64_t in_channels = 0, out_channels = 0;
@@ -26,6 +26,8 @@ class Conv2d : public Layer {
                                             std::span<const Value> inputs) override;
 
  private:
+  LoRALayer* MakeLoRA(const std::string& name, int64_t rank,
+                      std::optional<double> network_alpha) override;
   Options options_;
 };
 

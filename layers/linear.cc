@@ -6,7 +6,7 @@
 
 namespace calotype::nn {
 
-Linear::Linear(const Options& options) : Layer("Linear"), options_(options) {
+Linear::Linear(const Options& options) : LoRACompatible("Linear"), options_(options) {
   Check(options.in_features > 0 && options.out_features > 0,
         "Linear: in_features {} and out_features {} must be positive", options.in_features,
         options.out_features);
@@ -29,7 +29,14 @@ std::vector<Value> Linear::ExportComputationGraph(ComputationGraph& graph,
     x = Reshape(x, {shape.elements() / options_.in_features, options_.in_features});
   Value y = MatMul(x, w, false, true, b);
   if (shape.rank() != 2) y = Reshape(y, shape.With(-1, options_.out_features));
-  return {y};
+  return {WithLoRA(inputs[0], y)};
+}
+
+LoRALayer* Linear::MakeLoRA(const std::string& name, int64_t rank,
+                            std::optional<double> network_alpha) {
+  return AddLayer<LoRALinearLayer>(
+      name, LoRALinearLayer::Options{options_.in_features, options_.out_features, rank,
+                                     network_alpha});
 }
 
 Embedding::Embedding(const Options& options) : Layer("Embedding"), options_(options) {

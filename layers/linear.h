@@ -2,13 +2,13 @@
 // because several share their name with the graph function that they wrap.
 #pragma once
 
-#include "layers/layer.h"
+#include "layers/lora.h"
 
 namespace calotype::nn {
 
 // y = x weight^T + bias for x [..., in_features]; weight [out_features, in_features], bias
 // [out_features], both drawn from U(-1/sqrt(in_features), 1/sqrt(in_features)) as in PyTorch.
-class Linear : public Layer {
+class Linear : public LoRACompatible {
  public:
   struct Options {
     int64_t in_features = 0, out_features = 0;
@@ -21,6 +21,8 @@ class Linear : public Layer {
                                             std::span<const Value> inputs) override;
 
  private:
+  LoRALayer* MakeLoRA(const std::string& name, int64_t rank,
+                      std::optional<double> network_alpha) override;
   Options options_;
 };
 
