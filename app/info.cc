@@ -43,9 +43,18 @@ void PrintModel(const fs::path& folder) {
              model->side());
   fmt::print("  U-Net: {} parameters, context width {}\n", model->unet().ParameterCount(),
              model->context_width());
-  fmt::print("  caption encoder: {} parameters, {} words, reads {} of a caption\n",
-             model->encoder().ParameterCount(), model->encoder().config().vocabulary.size(),
-             model->caption_tokens());
+  if (CaptionEncoder* encoder = model->caption_encoder()) {
+    fmt::print("  caption encoder: {} parameters, {} words, reads {} of a caption\n",
+               encoder->ParameterCount(), model->vocabulary_size(), model->caption_tokens());
+  } else {
+    fmt::print("  text encoder: CLIP, {} parameters, vocabulary of {}, reads {} tokens\n",
+               model->text_encoder()->ParameterCount(), model->vocabulary_size(),
+               model->caption_tokens());
+  }
+  if (model->vae()) {
+    fmt::print("  autoencoder: {} parameters, {} channels, {} pixels a side for each latent\n",
+               model->vae()->ParameterCount(), model->channels(), model->factor());
+  }
   fmt::print("  schedule: {}, {} timesteps, predicts {}\n", s.beta_schedule, s.num_train_timesteps,
              s.prediction_type);
   for (int64_t step : ListCheckpoints(folder / "checkpoints"))

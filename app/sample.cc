@@ -16,8 +16,8 @@ struct Command {
   std::filesystem::path model, out = "output.png";
   std::vector<std::string> prompts;
   uint64_t seed = 0;
-  int64_t count = 1;
-  std::string backend = "jit";
+  int64_t count = 1, side = 0;
+  std::string backend = "jit", winograd = "auto";
   GenerateOptions options;
 };
 
@@ -39,12 +39,16 @@ void Run(Command& command, bool quiet) {
       options.seeds.push_back(command.seed + static_cast<uint64_t>(i));
     }
   }
-  auto pipeline = TextToImagePipeline::Load(command.model, ParseBackend(command.backend));
+  if (options.width == 0) options.width = command.side;
+  if (options.height == 0) options.height = command.side;
   ProgressBar bar("draw", quiet);
+  auto pipeline = TextToImagePipeline::Load(command.model, ParseBackend(command.backend),
+                                            {.winograd = jit::ParseWinograd(command.winograd)},
+                                            ShowSampling(bar).warn);
   std::vector<Image> pictures = TensorToImages(pipeline->Generate(options, ShowSampling(bar)));
   for (size_t i = 0; i < pictures.size(); ++i) {
     std::filesystem::path path = PathOf(command.out, i, pictures.size());
-    std::vector<PngText> texts{{"parameters", GenerationParameters(options, i, pictures[i].width)}};
+    std::vector<PngText> texts{{"parameters", GenerationParameters(pipeline->model(), options, i)}};
     WritePng(path, pictures[i], texts);
     fmt::print("{}\n", path.string());
   }
@@ -61,8 +65,9 @@ void AddSample(CLI::App& app, Selected& selected) {
   auto command = std::make_shared<Command>();
   GenerateOptions& options = command->options;
   sample
-      ->add_option("-m,--model,--pretrained-model-name-or-path", command->model,
-                   "Run folder of `train` or `demo`")
+      ->add_option(
+          "-m,--model,--pretrained-model-name-or-path", command->model,
+          "Run folder of `train` or `demo`, or diffusers' folder of a Stable Diffusion model")
       ->required();
   sample->add_option("-p,--prompt", command->prompts, "What to draw; may be given several times")
       ->take_all()
@@ -71,37 +76,48 @@ void AddSample(CLI::App& app, Selected& selected) {
                      "What guidance leads away from");
   sample->add_option("--steps,--num-inference-steps", options.steps, "Sampling steps")
       ->capture_default_str();
-  sample
-      ->add_option("--guidance-scale,--cfg-scale", options.guidance_scale,
-                   "1: the prompt alone; more follows it more closely")
-      ->capture_default_str();
+  sample->add_option(
+      "--guidance-scale,--cfg-scale", options.guidance_scale,
+      "1: the prompt alone; more follows it more closely [7.5 for Stable Diffusion, else "
+      "1]");
   sample
       ->add_option("--guidance-rescale", options.guidance_rescale,
                    "Share of rescaling after guidance, 0 to 1")
       ->capture_default_str();
-  sample
-      ->add_option("--sampler,--scheduler,--sampling-method", options.sampler,
-                   "ddim, ddpm, pndm, euler, euler-karras, euler-a, dpm++-2m, dpm++-2m-karras, "
-                   "dpm++-2m-sde, dpm++-2m-sde-karras, or a class of diffusers")
-      ->capture_default_str();
+  sample->add_option("--sampler,--scheduler,--sampling-method", options.sampler,
+                     "ddim, ddpm, pndm, euler, euler-karras, euler-a, dpm++-2m, dpm++-2m-karras, "
+                     "dpm++-2m-sde, dpm++-2m-sde-karras, or a class of diffusers [the model's]");
   sample->add_option("--eta", options.eta, "Noise of DDIM's steps, 0 to 1")->capture_default_str();
-  sample->add_option("--side,--resolution", options.side, "Width and height; 0: the model's")
+  sample
+      ->add_option(
+          "--clip-skip", options.clip_skip,
+          "Last layers of CLIP that the prompt skips; as in diffusers, the negative prompt "
+          "does not")
       ->capture_default_str();
+  sample->add_option("-W,--width", options.width, "Pixels [the model's]");
+  sample->add_option("-H,--height", options.height, "Pixels [the model's]");
+  sample->add_option("--side,--resolution", command->side, "Width and height at once");
   sample
       ->add_option("-s,--seed", command->seed, "Seed of the first picture; the next ones count up")
       ->capture_default_str()
       ->check(NotNegative());
   sample
-      ->add_option("--rng", options.rng,
-                   "Noise of a seed: philox, or torch for the numbers that PyTorch draws")
+      ->add_option(
+          "--rng", options.rng,
+          "Noise of a seed: philox; torch: the numbers that PyTorch draws; torch-batch: one "
+          "generator for all pictures computed together")
       ->capture_default_str();
   sample
       ->add_option("-b,--count,--batch-count,--num-images", command->count,
                    "Pictures for each prompt")
       ->capture_default_str();
-  sample->add_option("--batch-size", options.batch_size, "Pictures computed together")
-      ->capture_default_str();
+  sample->add_option("--batch-size", options.batch_size,
+                     "Pictures computed together [64, for latents 1]");
   sample->add_option("--backend", command->backend, "jit or eager")->capture_default_str();
+  sample
+      ->add_option("--winograd", command->winograd,
+                   "auto: 3x3 convolutions by Winograd's algorithm where it pays; or off")
+      ->capture_default_str();
   sample
       ->add_option("-o,--out,--output", command->out,
                    "PNG file; several pictures get a number each")

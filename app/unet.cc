@@ -16,7 +16,7 @@
 #include "io/atomic_file.h"
 #include "io/safetensors.h"
 #include "pipelines/benchmark.h"
-#include "pipelines/unet_folder.h"
+#include "pipelines/model_folder.h"
 
 namespace calotype::app {
 namespace {

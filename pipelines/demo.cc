@@ -94,7 +94,8 @@ DemoSummary RunDemo(const DemoOptions& options, const DemoCallbacks& callbacks) 
   Check<FileError>(!error, "{}: cannot make the folder: {}", (options.folder / "pictures").string(),
                    error.message());
   for (size_t i = 0; i < pictures.size(); ++i) {
-    std::vector<PngText> texts{{"parameters", GenerationParameters(generate, i, kShapesSide)}};
+    std::vector<PngText> texts{
+        {"parameters", GenerationParameters(pipeline->model(), generate, i)}};
     WritePng(options.folder / "pictures" /
                  fmt::format("caption-{:02}-seed-{}.png", captions[i], generate.seeds[i]),
              pictures[i], texts);

@@ -1,14 +1,16 @@
 #include "pipelines/diffusion_model.h"
 
 #include <algorithm>
+#include <array>
 #include <nlohmann/json.hpp>
 #include <set>
 
 #include "core/error.h"
+#include "diffusion/sampler_names.h"
 #include "io/atomic_file.h"
 #include "io/file.h"
 #include "io/safetensors.h"
-#include "pipelines/unet_folder.h"
+#include "pipelines/model_folder.h"
 
 namespace calotype {
 namespace {
@@ -16,6 +18,9 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char* kWeights = "model.safetensors";
+constexpr const char* kOwnClass = "CalotypePipeline";
+constexpr std::array kStableDiffusionClasses{
+    "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"};
 
 std::string ReadText(const fs::path& path) { return ReadFile(path, 64 << 20); }
 
@@ -28,7 +33,68 @@ auto InFile(const fs::path& path, F&& f) {
     Fail<UnsupportedError>("{}: {}", path.string(), e.what());
   } catch (const ValueError& e) {
     Fail("{}: {}", path.string(), e.what());
+  } catch (const FileError& e) {
+    std::string text = e.what();
+    if (text.find(path.string()) != text.npos) throw;
+    Fail<FileError>("{}: {}", path.string(), text);
   }
+}
+
+// The parts that a model_index.json names, name -> class.
+struct Index {
+  fs::path path;
+  bool stable_diffusion = false;
+  std::map<std::string, std::string> parts;
+
+  bool Has(const std::string& part) const { return parts.count(part) > 0; }
+  // Errors: FileError without the part, UnsupportedError for another class.
+  void Require(const std::string& part, const std::string& type) const {
+    auto found = parts.find(part);
+    Check<FileError>(found != parts.end(), "{}: the model has no {}", path.string(), part);
+    Check<UnsupportedError>(found->second == type, "{}: {} is a {}, only {} is supported",
+                            path.string(), part, Quoted(found->second), type);
+  }
+};
+
+// What diffusers' pipeline does to files that are older than these fields.
+void AsStableDiffusion(SchedulerConfig& scheduler) {
+  scheduler.steps_offset = 1;
+  scheduler.clip_sample = false;
+}
+
+Index ReadIndex(const fs::path& path, const DiffusionModel::Warn& warn) {
+  auto document = nlohmann::json::parse(ReadText(path), nullptr, false);
+  Check<FileError>(document.is_object(), "{}: not the index of a model: no JSON object",
+                   path.string());
+  Index index{.path = path};
+  auto name = document.find("_class_name");
+  Check<FileError>(name != document.end() && name->is_string(),
+                   "{}: not the index of a model: _class_name is missing", path.string());
+  std::string type = *name;
+  index.stable_diffusion =
+      std::count(kStableDiffusionClasses.begin(), kStableDiffusionClasses.end(), type) > 0;
+  Check<UnsupportedError>(index.stable_diffusion || type == kOwnClass,
+                          "{}: _class_name {} is not supported; there are {}, {}", path.string(),
+                          Quoted(type), kOwnClass, fmt::join(kStableDiffusionClasses, ", "));
+  const std::set<std::string> known{"unet",      "vae",       "text_encoder",
+                                    "tokenizer", "scheduler", "caption_encoder"};
+  std::vector<std::string> left_out;
+  for (const auto& [key, value] : document.items()) {
+    bool part = value.is_array() && value.size() == 2;
+    if (part && value[0].is_null() && value[1].is_null()) continue;  // absent
+    if (known.count(key)) {
+      Check<FileError>(part && value[1].is_string(),
+                       "{}: {} is {}, must be [library, class] or [null, null]", path.string(), key,
+                       value.dump());
+      index.parts[key] = value[1];
+    } else if (part) {
+      left_out.push_back(key);
+    }
+  }
+  if (warn && !left_out.empty()) {
+    warn(fmt::format("{}: not used: {}", path.string(), fmt::join(left_out, ", ")));
+  }
+  return index;
 }
 
 }  // namespace
@@ -36,18 +102,64 @@ auto InFile(const fs::path& path, F&& f) {
 DiffusionModel::DiffusionModel(const UNet2DConditionConfig& unet,
                                const CaptionEncoderConfig& encoder,
                                const SchedulerConfig& scheduler)
-    : Layer("DiffusionModel"), scheduler_(scheduler), tokenizer_(encoder.Tokenizer()) {
-  Validate(scheduler);
-  for (int64_t width : unet.cross_attention_dim) {
-    Check(width == encoder.hidden_size,
-          "model: the U-Net's cross_attention_dim is {}, the caption encoder's hidden_size {}",
-          width, encoder.hidden_size);
+    : DiffusionModel(
+          DiffusionModelConfig{.unet = unet, .caption_encoder = encoder, .scheduler = scheduler}) {}
+
+DiffusionModel::DiffusionModel(DiffusionModelConfig config)
+    : Layer("DiffusionModel"),
+      scheduler_(std::move(config.scheduler)),
+      scheduler_json_(std::move(config.scheduler_json)),
+      tokenizer_(std::move(config.tokenizer)),
+      tokenizer_files_(std::move(config.tokenizer_files)) {
+  const bool clip = config.text_encoder.has_value();
+  Check(clip != config.caption_encoder.has_value(),
+        "model: there must be a text encoder or a caption encoder, one of them");
+  const char* encoder = clip ? "text" : "caption";
+  const int64_t width =
+      clip ? config.text_encoder->hidden_size : config.caption_encoder->hidden_size;
+  for (int64_t dim : config.unet.cross_attention_dim) {
+    Check(dim == width,
+          "model: the U-Net's cross_attention_dim is {}, the {} encoder's hidden_size {}", dim,
+          encoder, width);
   }
-  Check(unet.in_channels == unet.out_channels,
-        "model: the U-Net has {} input and {} output channels; they must be equal",
-        unet.in_channels, unet.out_channels);
-  unet_ = AddLayer<UNet2DConditionModel>("unet", unet);
-  encoder_ = AddLayer<CaptionEncoder>("caption_encoder", encoder);
+  const int64_t channels = config.unet.out_channels;
+  Check(config.unet.in_channels == channels || config.unet.in_channels == 2 * channels + 1,
+        "model: the U-Net has {} input and {} output channels; they must be equal, or {} for one "
+        "that also takes a mask and the masked picture",
+        config.unet.in_channels, channels, 2 * channels + 1);
+  if (config.vae) {
+    Check(config.vae->latent_channels == channels,
+          "model: the U-Net has {} output channels, the autoencoder's latent_channels is {}",
+          channels, config.vae->latent_channels);
+    Check(config.vae->in_channels == 3 && config.vae->out_channels == 3,
+          "model: the autoencoder has {} input and {} output channels, pictures have 3",
+          config.vae->in_channels, config.vae->out_channels);
+  } else {
+    Check(channels == 3 || !clip,
+          "model: the U-Net has {} channels, pictures have 3, and there is no autoencoder",
+          channels);
+  }
+  if (clip) {
+    Check(tokenizer_ != nullptr, "model: the text encoder needs a tokenizer");
+    Check(tokenizer_->vocab_size() <= config.text_encoder->vocab_size,
+          "model: the tokenizer has {} tokens, the text encoder's vocab_size is {}",
+          tokenizer_->vocab_size(), config.text_encoder->vocab_size);
+    Check(tokenizer_->config().model_max_length <= config.text_encoder->max_position_embeddings,
+          "model: the tokenizer's model_max_length is {}, the text encoder's "
+          "max_position_embeddings {}",
+          tokenizer_->config().model_max_length, config.text_encoder->max_position_embeddings);
+  } else {
+    words_ = config.caption_encoder->Tokenizer();
+  }
+  unet_ = AddLayer<UNet2DConditionModel>("unet", config.unet);
+  if (clip) {
+    text_encoder_ = AddLayer<CLIPTextModel>("text_encoder", *config.text_encoder);
+  } else {
+    caption_encoder_ = AddLayer<CaptionEncoder>("caption_encoder", *config.caption_encoder);
+  }
+  if (config.vae) vae_ = AddLayer<AutoencoderKL>("vae", *config.vae);
+  if (stable_diffusion()) AsStableDiffusion(scheduler_);
+  Validate(scheduler_);
 }
 
 std::vector<Value> DiffusionModel::ExportComputationGraph(ComputationGraph&,
@@ -56,69 +168,146 @@ std::vector<Value> DiffusionModel::ExportComputationGraph(ComputationGraph&,
                   Encode(Required(inputs, 2, "tokens")))};
 }
 
-Tensor DiffusionModel::Tokens(std::span<const std::string> texts,
-                              const std::function<void(const std::string&)>& warn) const {
+Value DiffusionModel::Encode(Value tokens) {
+  return text_encoder_ ? text_encoder_->Call(tokens) : caption_encoder_->Call(tokens);
+}
+
+int64_t DiffusionModel::factor() const { return vae_ ? vae_->config().Factor() : 1; }
+int64_t DiffusionModel::caption_tokens() const {
+  return tokenizer_ ? tokenizer_->config().model_max_length : caption_encoder_->config().max_length;
+}
+int64_t DiffusionModel::vocabulary_size() const {
+  return text_encoder_ ? text_encoder_->config().vocab_size
+                       : static_cast<int64_t>(caption_encoder_->config().vocabulary.size());
+}
+int64_t DiffusionModel::context_width() const {
+  return text_encoder_ ? text_encoder_->config().hidden_size
+                       : caption_encoder_->config().hidden_size;
+}
+
+SchedulerConfig DiffusionModel::SchedulerFor(std::string_view sampler) const {
+  if (sampler.empty()) return scheduler_;
+  if (scheduler_json_.empty()) return WithSampler(scheduler_, sampler);
+  SchedulerConfig config =
+      ParseSchedulerConfig(scheduler_json_, WithSampler(scheduler_, sampler).type);
+  if (stable_diffusion()) AsStableDiffusion(config);
+  return WithSampler(config, sampler);
+}
+
+Tensor DiffusionModel::Tokens(std::span<const std::string> texts, const Warn& warn) const {
   std::set<std::string> reported;
-  Tensor tokens({static_cast<int64_t>(texts.size()), tokenizer_.length()}, DType::kI64);
-  for (size_t i = 0; i < texts.size(); ++i) {
-    CaptionTokenizer::Encoded encoded = tokenizer_.Encode(texts[i]);
+  auto report = [&](const std::string& text) {
+    if (warn && reported.insert(text).second) warn(text);
+  };
+  const int64_t length = caption_tokens();
+  Tensor tokens({static_cast<int64_t>(texts.size()), length}, DType::kI64);
+  int64_t* row = tokens.data<int64_t>();
+  for (const std::string& text : texts) {
+    if (tokenizer_) {
+      CLIPTokenizer::Encoded encoded = tokenizer_->Encode(text);
+      if (!encoded.cut.empty()) {
+        report(fmt::format("prompt \"{}\": the model reads {} tokens; \"{}\" is cut off", text,
+                           length, encoded.cut));
+      }
+      row = std::copy(encoded.ids.begin(), encoded.ids.end(), row);
+      continue;
+    }
+    CaptionTokenizer::Encoded encoded = words_->Encode(text);
     Check(encoded.words == 0 || static_cast<int64_t>(encoded.unknown.size()) == 0 ||
               std::count(encoded.ids.begin(), encoded.ids.end(), CaptionTokenizer::kUnknown) <
-                  std::min(encoded.words, tokenizer_.length()),
-          "prompt \"{}\": the model knows none of its words ({})", texts[i],
+                  std::min(encoded.words, length),
+          "prompt \"{}\": the model knows none of its words ({})", text,
           fmt::join(encoded.unknown, ", "));
-    auto report = [&](const std::string& text) {
-      if (warn && reported.insert(text).second) warn(text);
-    };
     for (const std::string& word : encoded.unknown)
       report(fmt::format("the model does not know the word \"{}\"; taken as <unk>", word));
     for (const std::string& word : encoded.cut) {
-      report(fmt::format("prompt \"{}\": \"{}\" is behind the {} words that the model reads",
-                         texts[i], word, tokenizer_.length()));
+      report(fmt::format("prompt \"{}\": \"{}\" is behind the {} words that the model reads", text,
+                         word, length));
     }
-    std::copy(encoded.ids.begin(), encoded.ids.end(),
-              tokens.data<int64_t>() + static_cast<int64_t>(i) * tokenizer_.length());
+    row = std::copy(encoded.ids.begin(), encoded.ids.end(), row);
   }
   return tokens;
 }
 
-std::unique_ptr<DiffusionModel> DiffusionModel::Load(const fs::path& folder) {
-  fs::path index = folder / "model_index.json",
-           scheduler = folder / "scheduler" / "scheduler_config.json",
-           encoder = folder / "caption_encoder" / "config.json";
-  auto document = nlohmann::json::parse(ReadText(index), nullptr, false);
-  Check<FileError>(
-      document.is_object() && document.value("_class_name", nlohmann::json()) == "CalotypePipeline",
-      "{}: not the index of a Calotype model (_class_name CalotypePipeline)", index.string());
-  auto unet_config = ReadUNetConfig(folder / "unet" / "config.json");
-  auto encoder_config =
-      InFile(encoder, [&] { return CaptionEncoderConfig::FromJson(ReadText(encoder)); });
-  auto scheduler_config =
-      InFile(scheduler, [&] { return ParseSchedulerConfig(ReadText(scheduler)); });
-  auto model = InFile(folder, [&] {
-    return std::make_unique<DiffusionModel>(unet_config, encoder_config, scheduler_config);
+std::unique_ptr<DiffusionModel> DiffusionModel::Load(const fs::path& folder, const Warn& warn) {
+  const Index index = ReadIndex(folder / "model_index.json", warn);
+  index.Require("unet", "UNet2DConditionModel");
+  Check<FileError>(index.Has("scheduler"), "{}: the model has no scheduler", index.path.string());
+  // Errors in the files come before weights are read.
+  DiffusionModelConfig config{.unet = ReadUNetConfig(folder / "unet" / "config.json")};
+  const bool clip = index.stable_diffusion || !index.Has("caption_encoder");
+  if (clip) {
+    index.Require("text_encoder", "CLIPTextModel");
+    Check<FileError>(index.Has("tokenizer"), "{}: the model has no tokenizer", index.path.string());
+    if (index.parts.at("tokenizer") != "CLIPTokenizerFast")
+      index.Require("tokenizer", "CLIPTokenizer");
+    config.text_encoder = ReadCLIPTextConfig(folder / "text_encoder" / "config.json");
+    config.tokenizer_files = ReadTokenizerFiles(folder / "tokenizer");
+    config.tokenizer = std::make_shared<CLIPTokenizer>(
+        MakeCLIPTokenizer(config.tokenizer_files, folder / "tokenizer"));
+  } else {
+    index.Require("caption_encoder", "CaptionEncoder");
+    fs::path path = folder / "caption_encoder" / "config.json";
+    config.caption_encoder =
+        InFile(path, [&] { return CaptionEncoderConfig::FromJson(ReadText(path)); });
+  }
+  if (index.stable_diffusion || index.Has("vae")) {
+    index.Require("vae", "AutoencoderKL");
+    config.vae = ReadAutoencoderKLConfig(folder / "vae" / "config.json");
+  }
+  fs::path scheduler = folder / "scheduler" / "scheduler_config.json";
+  config.scheduler_json = ReadText(scheduler);
+  config.scheduler = InFile(scheduler, [&] {
+    return ParseSchedulerConfig(config.scheduler_json, index.parts.at("scheduler"));
   });
-  LoadWeights(model->unet(), folder / "unet" / "diffusion_pytorch_model.safetensors");
-  LoadWeights(model->encoder(), folder / "caption_encoder" / kWeights);
+
+  auto model = InFile(folder, [&] { return std::make_unique<DiffusionModel>(std::move(config)); });
+  LoadWeightsOf(model->unet(), folder / "unet");
+  if (clip) {
+    LoadWeightsOf(*model->text_encoder(), folder / "text_encoder");
+  } else {
+    LoadWeights(*model->caption_encoder(), folder / "caption_encoder" / kWeights);
+  }
+  if (model->vae()) LoadWeightsOf(*model->vae(), folder / "vae");
   model->SetTrainingMode(false);
   return model;
 }
 
 void DiffusionModel::Save(const fs::path& folder) {
-  std::error_code error;
-  for (const char* part : {"caption_encoder", "scheduler"}) {
-    if (!error) fs::create_directories(folder / part, error);
-  }
-  Check<FileError>(!error, "{}: cannot make the folder: {}", folder.string(), error.message());
+  auto make = [&](const char* part) {
+    std::error_code error;
+    fs::create_directories(folder / part, error);
+    Check<FileError>(!error, "{}: cannot make the folder: {}", (folder / part).string(),
+                     error.message());
+    return folder / part;
+  };
+  nlohmann::ordered_json index = {
+      {"_class_name", stable_diffusion() ? "StableDiffusionPipeline" : kOwnClass},
+      {"_calotype_version", CALOTYPE_VERSION},
+      {"unet", {"diffusers", "UNet2DConditionModel"}}};
   SaveUNet(folder / "unet", *unet_);
-  WriteSafetensors(folder / "caption_encoder" / kWeights, {encoder_->SaveParameters(), {}});
-  WriteFile(folder / "caption_encoder" / "config.json", encoder_->config().ToJson());
-  WriteFile(folder / "scheduler" / "scheduler_config.json", ToJson(scheduler_));
-  nlohmann::ordered_json index = {{"_class_name", "CalotypePipeline"},
-                                  {"_calotype_version", CALOTYPE_VERSION},
-                                  {"unet", {"diffusers", "UNet2DConditionModel"}},
-                                  {"caption_encoder", {"calotype", "CaptionEncoder"}},
-                                  {"scheduler", {"diffusers", scheduler_.type}}};
+  if (text_encoder_) {
+    SaveCLIPTextModel(folder / "text_encoder", *text_encoder_);
+    fs::path part = make("tokenizer");
+    for (const auto& [name, content] : tokenizer_files_) WriteFile(part / name, content);
+    index["text_encoder"] = {"transformers", "CLIPTextModel"};
+    index["tokenizer"] = {"transformers", "CLIPTokenizer"};
+  } else {
+    fs::path part = make("caption_encoder");
+    WriteSafetensors(part / kWeights, {caption_encoder_->SaveParameters(), {}});
+    WriteFile(part / "config.json", caption_encoder_->config().ToJson());
+    index["caption_encoder"] = {"calotype", "CaptionEncoder"};
+  }
+  if (vae_) {
+    SaveAutoencoderKL(folder / "vae", *vae_);
+    index["vae"] = {"diffusers", "AutoencoderKL"};
+  }
+  WriteFile(make("scheduler") / "scheduler_config.json", ToJson(scheduler_));
+  index["scheduler"] = {"diffusers", scheduler_.type};
+  if (stable_diffusion()) {
+    index["safety_checker"] = index["feature_extractor"] = {nullptr, nullptr};
+    index["requires_safety_checker"] = false;
+  }
   WriteFile(folder / "model_index.json", index.dump(2) + "\n");
 }
 

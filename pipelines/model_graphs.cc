@@ -1,5 +1,6 @@
 #include "pipelines/model_graphs.h"
 
+#include "core/error.h"
 #include "pipelines/training_graph.h"
 
 namespace calotype {
@@ -13,7 +14,7 @@ TensorType Tokens(const DiffusionModel& model, int64_t batch) {
 // error of the noise that the prediction implies (undefined for models that predict the sample).
 Value ExportLoss(ComputationGraph& graph, DiffusionModel& model, const NoiseSchedule& schedule,
                  int64_t batch, Value* noise_loss = nullptr) {
-  Shape pictures{batch, model.channels(), model.side(), model.side()};
+  Shape pictures{batch, model.channels(), model.sample_side(), model.sample_side()};
   Value images = graph.Input("images", pictures), noise = graph.Input("noise", pictures);
   Value timesteps = graph.Input("timesteps", {DType::kI64, {batch}});
   Value tokens = graph.Input("tokens", Tokens(model, batch));
@@ -31,22 +32,58 @@ Value ExportLoss(ComputationGraph& graph, DiffusionModel& model, const NoiseSche
 
 }  // namespace
 
-ComputationGraph EncoderGraph(DiffusionModel& model, int64_t batch) {
+ComputationGraph EncoderGraph(DiffusionModel& model, int64_t batch, int64_t clip_skip) {
   model.SetTrainingMode(false);
+  CLIPTextModel* clip = model.text_encoder();
+  Check(clip || clip_skip == 0, "clip_skip is {}, but the model's text encoder is not CLIP",
+        clip_skip);
+  const int64_t before = clip ? clip->clip_skip() : 0;
+  if (clip) clip->SetClipSkip(clip_skip);
   ComputationGraph graph;
   graph.Output("context", model.Encode(graph.Input("tokens", Tokens(model, batch))));
+  if (clip) clip->SetClipSkip(before);
   return graph;
 }
 
-ComputationGraph UNetGraph(DiffusionModel& model, int64_t batch, int64_t side) {
+ComputationGraph UNetGraph(DiffusionModel& model, UNetShape shape, const DenoiseBuilder& denoise) {
   model.SetTrainingMode(false);
-  if (side == 0) side = model.side();
+  auto [batch, height, width, tokens] = shape;
+  if (height == 0) height = model.sample_side();
+  if (width == 0) width = model.sample_side();
+  if (tokens == 0) tokens = model.caption_tokens();
   ComputationGraph graph;
-  Value sample = graph.Input("sample", Shape{batch, model.channels(), side, side});
+  Value sample =
+      graph.Input("sample", Shape{batch, model.unet().config().in_channels, height, width});
   Value timestep = graph.Input("timestep", Shape{batch});
-  Value context = graph.Input("encoder_hidden_states",
-                              Shape{batch, model.caption_tokens(), model.context_width()});
-  graph.Output("out", model.Denoise(sample, timestep, context));
+  Value context = graph.Input("encoder_hidden_states", Shape{batch, tokens, model.context_width()});
+  if (!denoise) {
+    graph.Output("out", model.Denoise(sample, timestep, context));
+    return graph;
+  }
+  std::vector<Value> outputs = denoise(graph, sample, timestep, context);
+  Check<InternalError>(!outputs.empty(), "U-Net graph: the builder returned no prediction");
+  for (size_t i = 0; i < outputs.size(); ++i)
+    graph.Output(i == 0 ? "out" : fmt::format("out.{}", i), outputs[i]);
+  return graph;
+}
+
+ComputationGraph LatentDecoderGraph(DiffusionModel& model, int64_t height, int64_t width) {
+  Check(model.vae(), "the model has no autoencoder");
+  model.SetTrainingMode(false);
+  ComputationGraph graph;
+  Value latents = graph.Input("latents", Shape{1, model.channels(), height, width});
+  graph.Output("picture", model.vae()->Decode(model.vae()->UnscaleLatents(latents)));
+  return graph;
+}
+
+ComputationGraph LatentEncoderGraph(DiffusionModel& model, int64_t height, int64_t width) {
+  Check(model.vae(), "the model has no autoencoder");
+  model.SetTrainingMode(false);
+  ComputationGraph graph;
+  Value picture =
+      graph.Input("picture", Shape{1, 3, height * model.factor(), width * model.factor()});
+  Value noise = graph.Input("noise", Shape{1, model.channels(), height, width});
+  graph.Output("latents", model.vae()->ScaleLatents(model.vae()->Encode(picture).Sample(noise)));
   return graph;
 }
 

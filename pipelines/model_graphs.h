@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,15 +15,42 @@
 
 namespace calotype {
 
-// Input tokens i64 [batch, L]; output context.
-ComputationGraph EncoderGraph(DiffusionModel& model, int64_t batch);
-// Inputs sample [batch, C, side, side], timestep f32 [batch] (samplers stop between timesteps),
-// encoder_hidden_states [batch, L, D]; output out. side 0: the model's.
-ComputationGraph UNetGraph(DiffusionModel& model, int64_t batch, int64_t side = 0);
-// Inputs images, noise [batch, C, side, side], timesteps i64 [batch], tokens i64 [batch, L].
-// Outputs loss: how well the prediction for the noisy pictures meets the schedule's target; and,
-// unless the model predicts the sample, noise_loss: the mean squared error of the noise that the
-// prediction implies, by which models of different prediction types compare.
+// Input tokens i64 [batch, L]; output context. clip_skip: see CLIPTextModel::SetClipSkip. Errors:
+// ValueError for a clip_skip of a model without CLIP.
+ComputationGraph EncoderGraph(DiffusionModel& model, int64_t batch, int64_t clip_skip = 0);
+
+// The inputs of a UNetGraph. 0: the model's.
+struct UNetShape {
+  int64_t batch = 1;
+  int64_t height = 0, width = 0;  // of the sample, not the picture
+  int64_t tokens = 0;             // of the context
+  auto operator<=>(const UNetShape&) const = default;
+};
+// Builds the prediction and returns it, and behind it whatever else the graph shall have as
+// outputs; may declare further inputs, and change the attention of the U-Net meanwhile.
+using DenoiseBuilder = std::function<std::vector<Value>(ComputationGraph&, Value sample,
+                                                        Value timestep, Value context)>;
+// Inputs sample [batch, in_channels, height, width], timestep f32 [batch] (samplers stop between
+// timesteps), encoder_hidden_states [batch, tokens, D]; output out. `denoise` takes the place of
+// model.Denoise; its further results are outputs out.1, out.2, ...
+ComputationGraph UNetGraph(DiffusionModel& model, UNetShape shape,
+                           const DenoiseBuilder& denoise = {});
+inline ComputationGraph UNetGraph(DiffusionModel& model, int64_t batch) {
+  return UNetGraph(model, UNetShape{.batch = batch});
+}
+
+// Of models with an autoencoder, one picture at a time; height and width are the latents'.
+// Input latents [1, C, height, width]; output picture [1, 3, f height, f width], about [-1, 1].
+ComputationGraph LatentDecoderGraph(DiffusionModel& model, int64_t height, int64_t width);
+// Inputs picture, noise [1, C, height, width]; output latents: a sample of the encoder's
+// distribution, scaled.
+ComputationGraph LatentEncoderGraph(DiffusionModel& model, int64_t height, int64_t width);
+
+// Inputs images, noise [batch, C, side, side] (samples: pictures, or latents), timesteps i64
+// [batch], tokens i64 [batch, L]. Outputs loss: how well the prediction for the noisy samples meets
+// the schedule's target; and, unless the model predicts the sample, noise_loss: the mean squared
+// error of the noise that the prediction implies, by which models of different prediction types
+// compare.
 ComputationGraph LossGraph(DiffusionModel& model, const NoiseSchedule& schedule, int64_t batch);
 // LossGraph with gradients and updates: see ExportTrainingStep.
 ComputationGraph TrainingStepGraph(DiffusionModel& model, const NoiseSchedule& schedule,

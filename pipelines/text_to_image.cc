@@ -1,6 +1,7 @@
 #include "pipelines/text_to_image.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 
@@ -9,191 +10,372 @@
 #include "diffusion/guidance.h"
 #include "diffusion/sampler_names.h"
 #include "diffusion/scheduler.h"
-#include "jit/compile.h"
-#include "pipelines/model_graphs.h"
 
 namespace calotype {
 namespace {
 
-Tensor Rows(const Tensor& x, int64_t begin, int64_t end) {
-  Shape shape = x.shape().With(0, end - begin);
-  Tensor rows(shape, x.dtype());
-  int64_t row_bytes = x.bytes() / x.shape()[0];
-  std::memcpy(rows.raw(), static_cast<const char*>(x.raw()) + begin * row_bytes,
-              static_cast<size_t>(rows.bytes()));
-  return rows;
+constexpr std::array<std::string_view, 3> kNoiseNames{"philox", "torch", "torch-batch"};
+// Compiled U-Nets of large models take gigabytes.
+constexpr size_t kMostUNets = 2, kMostOthers = 8;
+
+// Row i of x [N, ...] as [...].
+Tensor Row(const Tensor& x, int64_t i) {
+  std::vector<int64_t> dims;
+  for (int axis = 1; axis < x.shape().rank(); ++axis) dims.push_back(x.shape()[axis]);
+  Tensor row(Shape(dims), x.dtype());
+  std::memcpy(row.raw(), static_cast<const char*>(x.raw()) + i * row.bytes(),
+              static_cast<size_t>(row.bytes()));
+  return row;
 }
 
-// The noise of one picture.
-class NoiseStream {
+// The tensors one behind the other along the first axis.
+Tensor Stack(std::span<const Tensor> parts) {
+  int64_t rows = 0;
+  for (const Tensor& part : parts) rows += part.shape()[0];
+  Tensor all(parts[0].shape().With(0, rows), parts[0].dtype());
+  char* to = static_cast<char*>(all.raw());
+  for (const Tensor& part : parts) {
+    std::memcpy(to, part.raw(), static_cast<size_t>(part.bytes()));
+    to += part.bytes();
+  }
+  return all;
+}
+
+// The noise of the pictures of a batch.
+class NoiseSource {
  public:
-  NoiseStream(const std::string& rng, uint64_t seed)
-      : torch_(rng == "torch"), random_(seed, "generate"), torch_random_(seed) {}
+  NoiseSource(const std::string& rng, std::span<const uint64_t> seeds) {
+    if (rng == "philox") {
+      for (uint64_t seed : seeds) philox_.emplace_back(seed, "generate");
+    } else {
+      if (rng == "torch-batch") seeds = seeds.first(1);
+      for (uint64_t seed : seeds) torch_.emplace_back(seed);
+    }
+  }
+  // [pictures, C, H, W]
   Tensor Normal(const Shape& shape) {
-    return torch_ ? torch_random_.NormalTensor(shape) : random_.NormalTensor(shape);
+    if (torch_.size() == 1) return torch_[0].NormalTensor(shape);
+    std::vector<Tensor> pictures;
+    for (Random& random : philox_) pictures.push_back(random.NormalTensor(shape.With(0, 1)));
+    for (TorchRandom& random : torch_) pictures.push_back(random.NormalTensor(shape.With(0, 1)));
+    return Stack(pictures);
   }
 
  private:
-  bool torch_;
-  Random random_;
-  TorchRandom torch_random_;
+  std::vector<Random> philox_;
+  std::vector<TorchRandom> torch_;
 };
 
-// [a; b] along the first axis.
-Tensor Stack(const Tensor& a, const Tensor& b) {
-  Tensor both(a.shape().With(0, a.shape()[0] + b.shape()[0]), a.dtype());
-  std::memcpy(both.raw(), a.raw(), static_cast<size_t>(a.bytes()));
-  std::memcpy(static_cast<char*>(both.raw()) + a.bytes(), b.raw(), static_cast<size_t>(b.bytes()));
-  return both;
+void CheckOptions(const DiffusionModel& model, const GenerateOptions& o) {
+  Check(!o.prompts.empty(), "generate: no prompt");
+  Check(o.prompts.size() == o.seeds.size(), "generate: {} prompts, {} seeds", o.prompts.size(),
+        o.seeds.size());
+  const double scale = *o.guidance_scale;
+  Check(scale >= 0 && scale <= 1000, "generate: guidance_scale is {}, must be in [0, 1000]", scale);
+  Check(o.negative_prompt.empty() || scale > 1,
+        "generate: a negative prompt has no effect without a guidance_scale above 1 (it is {})",
+        scale);
+  Check(o.guidance_rescale >= 0 && o.guidance_rescale <= 1,
+        "generate: guidance_rescale is {}, must be in [0, 1]", o.guidance_rescale);
+  Check(o.guidance_rescale == 0 || scale > 1,
+        "generate: guidance_rescale has no effect without a guidance_scale above 1 (it is {})",
+        scale);
+  Check(std::count(kNoiseNames.begin(), kNoiseNames.end(), o.rng) == 1,
+        "generate: rng `{}` is unknown; there are {}", o.rng, fmt::join(kNoiseNames, ", "));
+  for (auto [name, pixels] : {std::pair{"width", o.width}, {"height", o.height}}) {
+    Check(pixels >= 1 && pixels <= 4096, "generate: the {} is {} pixels, must be in [1, 4096]",
+          name, pixels);
+    Check(pixels % model.factor() == 0,
+          "generate: the {} is {} pixels, must be a multiple of {} for this model", name, pixels,
+          model.factor());
+  }
+  Check(o.batch_size >= 1, "generate: the batch size is {}, must be at least 1", o.batch_size);
+  Check(!o.hooks.denoise || !o.hooks.key.empty(), "generate: hooks that build need a key");
 }
 
-void Check(const GenerateOptions& o) {
-  calotype::Check(!o.prompts.empty(), "generate: no prompt");
-  calotype::Check(o.prompts.size() == o.seeds.size(), "generate: {} prompts, {} seeds",
-                  o.prompts.size(), o.seeds.size());
-  calotype::Check(o.guidance_scale >= 0 && o.guidance_scale <= 1000,
-                  "generate: guidance_scale is {}, must be in [0, 1000]", o.guidance_scale);
-  calotype::Check(
-      o.negative_prompt.empty() || o.guidance_scale > 1,
-      "generate: a negative prompt has no effect without a guidance_scale above 1 (it is {})",
-      o.guidance_scale);
-  calotype::Check(o.guidance_rescale >= 0 && o.guidance_rescale <= 1,
-                  "generate: guidance_rescale is {}, must be in [0, 1]", o.guidance_rescale);
-  calotype::Check(
-      o.guidance_rescale == 0 || o.guidance_scale > 1,
-      "generate: guidance_rescale has no effect without a guidance_scale above 1 (it is {})",
-      o.guidance_scale);
-  WithSampler({}, o.sampler);  // names an unknown one
-  calotype::Check(o.rng == "philox" || o.rng == "torch",
-                  "generate: rng `{}` is unknown; there are philox and torch", o.rng);
-  calotype::Check(o.side >= 0 && o.side <= 4096,
-                  "generate: a side of {} pixels, must be in [1, 4096]", o.side);
-  calotype::Check(o.batch_size >= 1, "generate: the batch size is {}, must be at least 1",
-                  o.batch_size);
+bool HasWeights(const PictureContext& context) {
+  return context.positive.size() > 1 || (context.weights.size() == 1 && context.weights[0] != 1);
+}
+
+void CheckContext(const PictureContext& c, int64_t width, bool guided) {
+  Check(!c.positive.empty() && (c.weights.empty() || c.weights.size() == c.positive.size()),
+        "generate: a context has {} positive embeddings and {} weights", c.positive.size(),
+        c.weights.size());
+  auto check = [&](const Tensor& x) {
+    Check<ShapeError>(x.defined() && x.dtype() == DType::kF32 && x.shape().rank() == 2 &&
+                          x.shape()[0] == c.positive[0].shape()[0] && x.shape()[1] == width,
+                      "generate: an embedding is {}, must be f32 [{}, {}] like the others",
+                      x.defined() ? ToString(x.type()) : "undefined", c.positive[0].shape()[0],
+                      width);
+  };
+  for (const Tensor& x : c.positive) check(x);
+  if (guided) check(c.negative);
+}
+
+// The rows of the U-Net's batch, see PictureBatch.
+Tensor ContextRows(std::span<const PictureContext> contexts, const PictureBatch& batch) {
+  std::vector<Tensor> rows;
+  auto add = [&](const Tensor& x) { rows.push_back(x.Reshape({1, x.shape()[0], x.shape()[1]})); };
+  if (batch.guided) {
+    for (const PictureContext& c : contexts) add(c.negative);
+  }
+  for (size_t i = 0; i < batch.positives; ++i) {
+    for (const PictureContext& c : contexts) add(c.positive[i]);
+  }
+  return Stack(rows);
+}
+
+// The output of each picture, from those of its rows.
+Tensor Guide(const Tensor& outputs, const PictureBatch& batch,
+             std::span<const PictureContext> contexts, const Guidance& guidance) {
+  if (!batch.guided) return outputs;
+  if (std::none_of(contexts.begin(), contexts.end(), HasWeights)) return guidance.Apply(outputs);
+  // c = u + sum of w_i (c_i - u) takes the place of the output with the prompt.
+  const int64_t B = batch.size(), each = outputs.elements() / batch.rows();
+  Tensor pair(outputs.shape().With(0, 2 * B));
+  const float* u = outputs.data();
+  float* c = pair.data() + B * each;
+  std::copy(u, u + B * each, pair.data());
+  for (int64_t b = 0; b < B; ++b) {
+    const PictureContext& context = contexts[static_cast<size_t>(b)];
+    for (int64_t k = b * each; k < (b + 1) * each; ++k) {
+      double sum = u[k];
+      for (size_t i = 0; i < batch.positives; ++i) {
+        const double w = context.weights.empty() ? 1 : context.weights[i];
+        sum += w * (u[(static_cast<int64_t>(i) + 1) * B * each + k] - double{u[k]});
+      }
+      c[k] = static_cast<float>(sum);
+    }
+  }
+  if (guidance.active()) return guidance.Apply(pair);
+  Tensor result(outputs.shape().With(0, B));
+  std::copy(c, c + B * each, result.data());
+  return result;
 }
 
 }  // namespace
 
-TextToImagePipeline::TextToImagePipeline(DiffusionModel& model, Backend backend)
-    : model_(model), backend_(backend) {}
+std::span<const std::string_view> NoiseNames() { return kNoiseNames; }
+
+TextToImagePipeline::TextToImagePipeline(DiffusionModel& model, Backend backend,
+                                         const jit::CompileOptions& compile)
+    : model_(model), backend_(backend), compile_(compile) {}
 
 std::unique_ptr<TextToImagePipeline> TextToImagePipeline::Load(const std::filesystem::path& folder,
-                                                               Backend backend) {
-  auto model = DiffusionModel::Load(folder);
-  auto pipeline = std::make_unique<TextToImagePipeline>(*model, backend);
+                                                               Backend backend,
+                                                               const jit::CompileOptions& compile,
+                                                               const DiffusionModel::Warn& warn) {
+  auto model = DiffusionModel::Load(folder, warn);
+  auto pipeline = std::make_unique<TextToImagePipeline>(*model, backend, compile);
   pipeline->owned_ = std::move(model);
   return pipeline;
 }
 
-GraphRunner& TextToImagePipeline::Encoder(int64_t batch) {
-  auto& encoder = encoders_[batch];
-  if (!encoder) {
-    encoder = std::make_unique<GraphRunner>(EncoderGraph(model_, batch), backend_);
-    compile_seconds_ += encoder->compile_seconds();
-  }
-  return *encoder;
+template <class Key, class Make>
+GraphRunner& TextToImagePipeline::Runner(std::map<Key, std::unique_ptr<GraphRunner>>& runners,
+                                         const Key& key, size_t most, const Make& make,
+                                         const jit::CompileOptions& compile) {
+  auto found = runners.find(key);
+  if (found != runners.end()) return *found->second;
+  if (runners.size() >= most) runners.erase(runners.begin());
+  auto runner = std::make_unique<GraphRunner>(make(), backend_, compile);
+  compile_seconds_ += runner->compile_seconds();
+  return *(runners[key] = std::move(runner));
 }
 
-GraphRunner& TextToImagePipeline::UNet(int64_t batch, int64_t side) {
-  auto& unet = unets_[{batch, side}];
-  if (!unet) {
-    // The context is the same in all steps.
-    unet = std::make_unique<GraphRunner>(
-        UNetGraph(model_, batch, side), backend_,
-        jit::CompileOptions{.rare_inputs = {"encoder_hidden_states"}});
-    compile_seconds_ += unet->compile_seconds();
+GraphRunner& TextToImagePipeline::UNet(const UNetShape& shape, const PictureBatch& batch,
+                                       const GenerateHooks& hooks) {
+  DenoiseBuilder denoise;
+  if (hooks.denoise) {
+    denoise = [&](ComputationGraph& graph, Value sample, Value timestep, Value context) {
+      return hooks.denoise(batch, graph, sample, timestep, context);
+    };
   }
-  return *unet;
+  std::string key = hooks.key;
+  if (!key.empty()) key += fmt::format(" {} {}", batch.guided, batch.positives);
+  if (unets_.size() >= kMostUNets && !unets_.count({shape, key})) {
+    context_runs_ = context_runs();
+    unets_.clear();
+  }
+  // The context is the same in all steps.
+  jit::CompileOptions compile = compile_;
+  compile.rare_inputs = {"encoder_hidden_states"};
+  return Runner(
+      unets_, std::pair{shape, key}, kMostUNets, [&] { return UNetGraph(model_, shape, denoise); },
+      compile);
 }
 
-Tensor TextToImagePipeline::Generate(const GenerateOptions& options,
+Tensor TextToImagePipeline::Encode(const Tensor& tokens, int64_t clip_skip) {
+  const int64_t batch = tokens.shape()[0];
+  GraphRunner& encoder = Runner(
+      encoders_, Sides{batch, clip_skip}, kMostOthers,
+      [&] { return EncoderGraph(model_, batch, clip_skip); }, compile_);
+  return encoder.Run(std::vector{tokens})[0];
+}
+
+Tensor TextToImagePipeline::Decode(const Tensor& latents) {
+  const int64_t height = latents.shape()[2], width = latents.shape()[3];
+  GraphRunner& decoder = Runner(
+      decoders_, Sides{height, width}, kMostOthers,
+      [&] { return LatentDecoderGraph(model_, height, width); }, compile_);
+  return decoder.Run(std::vector{latents})[0];
+}
+
+std::vector<PictureContext> TextToImagePipeline::EncodePrompts(const GenerateOptions& options,
+                                                               const GenerateCallbacks& callbacks) {
+  std::vector<PictureContext> contexts;
+  Tensor tokens = model_.Tokens(options.prompts, callbacks.warn), negative;
+  if (*options.guidance_scale > 1) {
+    Tensor row = model_.Tokens(std::vector{options.negative_prompt}, callbacks.warn);
+    negative = Row(Encode(row), 0);
+  }
+  const int64_t count = tokens.shape()[0], length = tokens.shape()[1];
+  for (int64_t begin = 0; begin < count; begin += options.batch_size) {
+    const int64_t end = std::min(count, begin + options.batch_size);
+    Tensor rows({end - begin, length}, DType::kI64);
+    std::copy_n(tokens.data<int64_t>() + begin * length, rows.elements(), rows.data<int64_t>());
+    Tensor encoded = Encode(rows, options.clip_skip);
+    for (int64_t i = begin; i < end; ++i)
+      contexts.push_back({.negative = negative, .positive = {Row(encoded, i - begin)}});
+  }
+  return contexts;
+}
+
+Tensor TextToImagePipeline::Generate(const GenerateOptions& given,
                                      const GenerateCallbacks& callbacks) {
-  Check(options);
-  Tensor tokens = model_.Tokens(options.prompts, callbacks.warn);
-  Tensor pictures;
-  size_t count = options.prompts.size(), batch = static_cast<size_t>(options.batch_size);
-  int64_t batches = static_cast<int64_t>((count + batch - 1) / batch), done = 0;
-  auto tick = [&](int64_t calls) {
+  const GenerateOptions options = Resolved(model_, given);
+  CheckOptions(model_, options);
+  auto scheduler = MakeScheduler(model_.SchedulerFor(options.sampler), {.eta = options.eta});
+  scheduler->SetTimesteps(options.steps);
+  const int64_t calls = scheduler->size();
+
+  auto context = options.context;
+  if (!context) {
+    context = [contexts = EncodePrompts(options, callbacks)](size_t picture, int64_t, int64_t) {
+      return contexts[picture];
+    };
+  }
+  // Pictures computed together have as many contexts of the same length.
+  std::vector<PictureBatch> batches;
+  int64_t tokens = 0;
+  for (size_t i = 0; i < options.prompts.size(); ++i) {
+    PictureContext first = context(i, 0, calls);
+    const bool guided = *options.guidance_scale > 1 || HasWeights(first);
+    CheckContext(first, model_.context_width(), guided);
+    if (!batches.empty()) {
+      PictureBatch& last = batches.back();
+      if (last.size() < options.batch_size && last.guided == guided &&
+          last.positives == first.positive.size() && tokens == first.positive[0].shape()[0]) {
+        last.end = i + 1;
+        continue;
+      }
+    }
+    tokens = first.positive[0].shape()[0];
+    batches.push_back({i, i + 1, guided, first.positive.size()});
+  }
+
+  std::vector<Tensor> pictures;
+  int64_t done = 0;
+  auto tick = [&](int64_t calls_of_batch) {
     ++done;
-    if (callbacks.progress) callbacks.progress(done, batches * calls);
+    if (callbacks.progress)
+      callbacks.progress(done, static_cast<int64_t>(batches.size()) * calls_of_batch);
   };
-  for (size_t begin = 0; begin < count; begin += batch) {
-    size_t end = std::min(count, begin + batch);
-    Tensor part = GenerateBatch(
-        options, begin, end, Rows(tokens, static_cast<int64_t>(begin), static_cast<int64_t>(end)),
-        tick, callbacks);
-    pictures = pictures.defined() ? Stack(pictures, part) : part;
+  for (const PictureBatch& batch : batches) {
+    Tensor samples = GenerateBatch(options, batch, context, tick, callbacks);
+    if (!model_.vae()) {
+      pictures.push_back(samples);
+      continue;
+    }
+    for (int64_t i = 0; i < batch.size(); ++i) {
+      Tensor one = Row(samples, i);
+      pictures.push_back(Decode(one.Reshape(samples.shape().With(0, 1))));
+    }
   }
-  for (float v : pictures.values()) {
-    calotype::Check<NumericError>(std::isfinite(v),
-                                  "generate: a picture is not finite; are the weights?");
+  Tensor all = Stack(pictures);
+  for (float v : all.values()) {
+    Check<NumericError>(std::isfinite(v), "generate: a picture is not finite; are the weights?");
   }
-  return pictures;
+  return all;
 }
 
-Tensor TextToImagePipeline::GenerateBatch(const GenerateOptions& options, size_t begin, size_t end,
-                                          const Tensor& tokens,
-                                          const std::function<void(int64_t)>& count,
-                                          const GenerateCallbacks& callbacks) {
-  auto scheduler =
-      MakeScheduler(WithSampler(model_.scheduler(), options.sampler), {.eta = options.eta});
+Tensor TextToImagePipeline::GenerateBatch(
+    const GenerateOptions& options, const PictureBatch& batch,
+    const std::function<PictureContext(size_t, int64_t, int64_t)>& context,
+    const std::function<void(int64_t)>& count, const GenerateCallbacks& callbacks) {
+  auto scheduler = MakeScheduler(model_.SchedulerFor(options.sampler), {.eta = options.eta});
   scheduler->SetTimesteps(options.steps);
-  Guidance guidance{options.guidance_scale, options.guidance_rescale};
-  auto size = static_cast<int64_t>(end - begin);
-  int64_t side = options.side > 0 ? options.side : model_.side();
-  Shape picture{1, model_.channels(), side, side};
+  const Guidance guidance{*options.guidance_scale, options.guidance_rescale};
+  const GenerateHooks& hooks = options.hooks;
+  const Shape shape{batch.size(), model_.channels(), options.height / model_.factor(),
+                    options.width / model_.factor()};
+  NoiseSource noise(options.rng,
+                    std::span(options.seeds).subspan(batch.begin, batch.end - batch.begin));
 
-  Tensor all_tokens = tokens;
-  if (guidance.active()) {
-    std::vector<std::string> negative(static_cast<size_t>(size), options.negative_prompt);
-    all_tokens = Stack(model_.Tokens(negative, callbacks.warn), tokens);
-  }
-  int64_t batch = all_tokens.shape()[0];
-  Tensor context = Encoder(batch).Run(std::vector{all_tokens})[0];
-  GraphRunner& unet = UNet(batch, side);
-
-  // Each picture draws its noise from its own stream.
-  std::vector<NoiseStream> streams;
-  for (size_t i = begin; i < end; ++i) streams.emplace_back(options.rng, options.seeds[i]);
-  auto noise = [&] {
-    Tensor result;
-    for (NoiseStream& stream : streams) {
-      Tensor one = stream.Normal(picture);
-      result = result.defined() ? Stack(result, one) : one;
+  Tensor x = LinearCombination({{scheduler->init_noise_sigma(), noise.Normal(shape)}});
+  const int64_t steps = scheduler->size();
+  int64_t tokens = 0;
+  for (int64_t i = 0; i < steps; ++i) {
+    Check<CancelledError>(!callbacks.cancelled || !callbacks.cancelled(), "sampling was cancelled");
+    std::vector<PictureContext> contexts;
+    for (size_t picture = batch.begin; picture < batch.end; ++picture) {
+      PictureContext one = context(picture, i, steps);
+      CheckContext(one, model_.context_width(), batch.guided);
+      const int64_t length = one.positive[0].shape()[0];
+      if (tokens == 0) tokens = length;
+      Check(one.positive.size() == batch.positives && length == tokens,
+            "generate: picture {} has {} contexts of {} tokens at step {}, before {} of {}",
+            picture, one.positive.size(), length, i, batch.positives, tokens);
+      contexts.push_back(std::move(one));
     }
-    return result;
-  };
-  Tensor x = LinearCombination({{scheduler->init_noise_sigma(), noise()}});
-  for (int64_t i = 0; i < scheduler->size(); ++i) {
-    calotype::Check<CancelledError>(!callbacks.cancelled || !callbacks.cancelled(),
-                                    "sampling was cancelled");
-    Tensor input = scheduler->ScaleModelInput(x, i);
-    Tensor timesteps = Tensor::Full({batch}, static_cast<float>(scheduler->timesteps()[i]));
-    Tensor output = unet.Run(
-        std::vector{guidance.active() ? Stack(input, input) : input, timesteps, context})[0];
-    if (guidance.active()) output = guidance.Apply(output);
-    x = scheduler->Step(output, i, x, scheduler->NeedsNoise(i) ? noise() : Tensor());
-    count(scheduler->size());
+    GraphRunner& unet = UNet({batch.rows(), shape[2], shape[3], tokens}, batch, hooks);
+
+    const Tensor input = scheduler->ScaleModelInput(x, i);
+    std::vector<Tensor> rows(batch.positives + (batch.guided ? 1 : 0), input);
+    std::vector<Tensor> inputs{
+        rows.size() == 1 ? input : Stack(rows),
+        Tensor::Full({batch.rows()}, static_cast<float>(scheduler->timesteps()[i])),
+        ContextRows(contexts, batch)};
+    if (hooks.inputs) {
+      for (Tensor& more : hooks.inputs(batch, i)) inputs.push_back(std::move(more));
+    }
+    const std::vector<Tensor> outputs = unet.Run(inputs);
+    if (hooks.outputs) hooks.outputs(batch, i, std::span(outputs).subspan(1));
+    const Tensor output = Guide(outputs[0], batch, contexts, guidance);
+    x = scheduler->Step(output, i, x, scheduler->NeedsNoise(i) ? noise.Normal(shape) : Tensor());
+    if (hooks.after_step) x = hooks.after_step(batch, i, x);
+    count(steps);
   }
   return x;
 }
 
 int64_t TextToImagePipeline::context_runs() const {
-  int64_t runs = 0;
+  int64_t runs = context_runs_;
   for (const auto& [key, unet] : unets_) {
     if (unet->compiled()) runs += unet->compiled()->Stats().derivations;
   }
   return runs;
 }
 
-std::string GenerationParameters(const GenerateOptions& o, size_t index, int64_t side) {
+GenerateOptions Resolved(const DiffusionModel& model, GenerateOptions o) {
+  if (!o.guidance_scale) o.guidance_scale = model.stable_diffusion() ? 7.5 : 1;
+  if (o.width == 0) o.width = model.side();
+  if (o.height == 0) o.height = model.side();
+  if (o.batch_size == 0) o.batch_size = model.factor() > 1 ? 1 : 64;
+  return o;
+}
+
+std::string GenerationParameters(const DiffusionModel& model, const GenerateOptions& options,
+                                 size_t index) {
+  const GenerateOptions o = Resolved(model, options);
   std::string text = o.prompts[index] + "\n";
   if (!o.negative_prompt.empty()) text += "Negative prompt: " + o.negative_prompt + "\n";
-  return text +
-         fmt::format(
-             "Steps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, {}Version: calotype {}",
-             o.steps, SamplerTitle(WithSampler({}, o.sampler)), o.guidance_scale, o.seeds[index],
-             side, side, o.rng == "torch" ? "RNG: CPU, " : "", CALOTYPE_VERSION);
+  text += fmt::format("Steps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, ", o.steps,
+                      SamplerTitle(model.SchedulerFor(o.sampler)), *o.guidance_scale,
+                      o.seeds[index], o.width, o.height);
+  if (o.clip_skip > 0) text += fmt::format("Clip skip: {}, ", o.clip_skip + 1);
+  if (o.rng != "philox") text += "RNG: CPU, ";
+  return text + "Version: calotype " CALOTYPE_VERSION;
 }
 
 }  // namespace calotype

@@ -1,6 +1,6 @@
 // TextToImagePipeline: pictures from prompts. Encodes the captions, walks the sampler from noise to
-// a picture with the U-Net, eagerly or compiled. A picture depends on its own prompt, seed and
-// options alone, not on what else is in the batch.
+// a sample with the U-Net, eagerly or compiled, and decodes latents to pictures. A picture depends
+// on its own prompt, seed and options alone, not on what else is in the batch.
 #pragma once
 
 #include <cstdint>
@@ -8,73 +8,152 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "core/tensor.h"
+#include "jit/compile.h"
 #include "pipelines/diffusion_model.h"
 #include "pipelines/graph_runner.h"
+#include "pipelines/model_graphs.h"
 
 namespace calotype {
+
+// What one picture is drawn from at one step: text embeddings [T, D], all of one T. With output u
+// for `negative` and c_i for positive[i], the guided output is u + g sum of weights[i] (c_i - u).
+struct PictureContext {
+  Tensor negative;  // may be undefined if there is no guidance and one positive of weight 1
+  std::vector<Tensor> positive;
+  std::vector<double> weights;  // one for each of positive; empty: 1 each
+};
+
+// The pictures that are computed together: `begin` to `end` of the options' prompts. The rows of
+// the U-Net's batch are, if guided, all pictures with their negative contexts, then all pictures
+// with their first positive one, and so on.
+struct PictureBatch {
+  size_t begin = 0, end = 0;
+  bool guided = false;
+  size_t positives = 1;  // contexts of a picture
+
+  int64_t size() const { return static_cast<int64_t>(end - begin); }
+  int64_t rows() const { return size() * static_cast<int64_t>(positives + (guided ? 1 : 0)); }
+};
+
+// For what looks at the U-Net at work or changes it: attention maps and editing, blending. Absent
+// functions do nothing. Steps count the U-Net's calls from 0.
+struct GenerateHooks {
+  // Stands for what `denoise` builds; compiled U-Nets are kept by it. Must not be empty if there is
+  // a `denoise`.
+  std::string key;
+  // Builds the U-Net in place of DiffusionModel::Denoise, see DenoiseBuilder.
+  std::function<std::vector<Value>(const PictureBatch&, ComputationGraph&, Value sample,
+                                   Value timestep, Value context)>
+      denoise;
+  // Values of the further inputs that `denoise` declares, in their order.
+  std::function<std::vector<Tensor>(const PictureBatch&, int64_t step)> inputs;
+  // Takes its further outputs.
+  std::function<void(const PictureBatch&, int64_t step, std::span<const Tensor>)> outputs;
+  // Takes the sample [pictures, C, H, W] that the sampler made of this step and returns the one to
+  // go on with.
+  std::function<Tensor(const PictureBatch&, int64_t step, Tensor sample)> after_step;
+};
 
 struct GenerateOptions {
   std::vector<std::string> prompts;  // one a picture; "" is the empty caption
   std::vector<uint64_t> seeds;       // one a picture
   std::string negative_prompt;       // what guidance leads away from; needs guidance_scale > 1
   int64_t steps = 25;
-  double guidance_scale = 1;  // 1: the prompt alone
+  // 1: the prompt alone. None: 7.5 for Stable Diffusion, else 1.
+  std::optional<double> guidance_scale;
   double guidance_rescale = 0;
-  std::string sampler = "ddim";  // see WithSampler
-  double eta = 0;                // noise of DDIM's steps
-  std::string rng = "philox";    // or torch: PyTorch's numbers of the seed, see TorchRandom
-  int64_t side = 0;              // width and height; 0: the model's
-  int64_t batch_size = 64;       // pictures computed together
+  std::string sampler;    // see WithSampler; empty: the model's
+  double eta = 0;         // noise of DDIM's steps
+  int64_t clip_skip = 0;  // last layers of CLIP that the prompts skip; the negative one does not
+  std::string rng = "philox";     // see NoiseNames
+  int64_t width = 0, height = 0;  // pixels; 0: the model's. Multiples of DiffusionModel::factor()
+  int64_t batch_size = 0;         // pictures computed together; 0: 64, for latents 1
+
+  // Ready embeddings in place of the prompts: of a picture (index into prompts) at a step of
+  // `steps` (the U-Net's calls). The number of positive contexts of a picture and their length must
+  // be the same at all steps; pictures that differ in them are computed one after the other.
+  std::function<PictureContext(size_t picture, int64_t step, int64_t steps)> context;
+  GenerateHooks hooks;
 };
+
+// Where the noise of a picture comes from: philox; torch, PyTorch's numbers of the picture's seed
+// (diffusers with a list of generators); torch-batch, PyTorch's numbers of the first picture's seed
+// for all pictures that are computed together (diffusers with one generator).
+std::span<const std::string_view> NoiseNames();
 
 struct GenerateCallbacks {
   std::function<void(int64_t done, int64_t total)> progress;  // U-Net calls
   std::function<bool()> cancelled;
-  std::function<void(const std::string&)> warn;  // words of a prompt that the model does not know
+  std::function<void(const std::string&)> warn;  // what of a prompt the model does not know or read
 };
 
 class TextToImagePipeline {
  public:
-  // Keeps a reference to the model; weights changed later are seen by later calls.
-  TextToImagePipeline(DiffusionModel& model, Backend backend);
-  // A pipeline with the model of a run folder. Errors: those of DiffusionModel::Load.
+  // Keeps a reference to the model; weights changed later are seen by later calls. `compile` has no
+  // effect on kEager; its rare_inputs are the pipeline's own.
+  TextToImagePipeline(DiffusionModel& model, Backend backend,
+                      const jit::CompileOptions& compile = {});
+  // A pipeline with the model of a folder. Errors: those of DiffusionModel::Load.
   static std::unique_ptr<TextToImagePipeline> Load(const std::filesystem::path& folder,
-                                                   Backend backend);
+                                                   Backend backend,
+                                                   const jit::CompileOptions& compile = {},
+                                                   const DiffusionModel::Warn& warn = {});
 
-  // [N, 3, side, side], in [-1, 1] where the sampler clips. A prompt's unknown words are reported
-  // to warn and taken as <unk>. Errors: ValueError for an option out of range or a prompt all of
-  // whose words are unknown; CancelledError; NumericError if a picture is not finite.
+  // [N, 3, height, width], about [-1, 1]. A prompt's unknown words are reported to warn and taken
+  // as <unk>. Errors: ValueError for an option out of range or a prompt all of whose words are
+  // unknown; CancelledError; NumericError if a picture is not finite.
   Tensor Generate(const GenerateOptions& options, const GenerateCallbacks& callbacks = {});
+
+  // Text embeddings [B, L, D] of token rows (DiffusionModel::Tokens).
+  Tensor Encode(const Tensor& tokens, int64_t clip_skip = 0);
+  // A picture [1, 3, height, width] of latents [1, C, h, w]; errors without an autoencoder.
+  Tensor Decode(const Tensor& latents);
 
   DiffusionModel& model() { return model_; }
   double compile_seconds() const { return compile_seconds_; }  // so far
-  // How often compiled code has computed what the prompts alone decide (keys and values of the
+  // How often compiled code has computed what the contexts alone decide (keys and values of the
   // cross-attention): once for each batch of pictures, not for each step. 0 for eager.
   int64_t context_runs() const;
 
  private:
-  Tensor GenerateBatch(const GenerateOptions& options, size_t begin, size_t end,
-                       const Tensor& tokens, const std::function<void(int64_t)>& count,
+  std::vector<PictureContext> EncodePrompts(const GenerateOptions& options,
+                                            const GenerateCallbacks& callbacks);
+  Tensor GenerateBatch(const GenerateOptions& options, const PictureBatch& batch,
+                       const std::function<PictureContext(size_t, int64_t, int64_t)>& context,
+                       const std::function<void(int64_t)>& count,
                        const GenerateCallbacks& callbacks);
-  GraphRunner& Encoder(int64_t batch);
-  GraphRunner& UNet(int64_t batch, int64_t side);
+  GraphRunner& UNet(const UNetShape& shape, const PictureBatch& batch, const GenerateHooks& hooks);
+  // The runner of a key, made first if there is none.
+  template <class Key, class Make>
+  GraphRunner& Runner(std::map<Key, std::unique_ptr<GraphRunner>>& runners, const Key& key,
+                      size_t most, const Make& make, const jit::CompileOptions& compile);
 
   std::unique_ptr<DiffusionModel> owned_;
   DiffusionModel& model_;
   Backend backend_;
+  jit::CompileOptions compile_;
   double compile_seconds_ = 0;
-  std::map<int64_t, std::unique_ptr<GraphRunner>> encoders_;                   // by batch
-  std::map<std::pair<int64_t, int64_t>, std::unique_ptr<GraphRunner>> unets_;  // by batch and side
+  int64_t context_runs_ = 0;  // of U-Nets that are no longer kept
+  using Sides = std::pair<int64_t, int64_t>;
+  std::map<Sides, std::unique_ptr<GraphRunner>> encoders_;  // by batch and clip skip
+  std::map<Sides, std::unique_ptr<GraphRunner>> decoders_;  // by height and width of the latents
+  std::map<std::pair<UNetShape, std::string>, std::unique_ptr<GraphRunner>> unets_;
 };
+
+// The options with the model's values in place of empty ones.
+GenerateOptions Resolved(const DiffusionModel& model, GenerateOptions options);
 
 // The text of a PNG's `parameters` chunk as other programs write it: the prompt, the negative
 // prompt, then "Steps: 25, Sampler: DDIM, CFG scale: 1, Seed: 7, Size: 16x16, Version: calotype
-// 0.1.0", with "RNG: CPU, " before the version for PyTorch's numbers.
-std::string GenerationParameters(const GenerateOptions& options, size_t index, int64_t side);
+// 0.1.0", with "Clip skip: 2, " for a clip_skip of 1 and "RNG: CPU, " for PyTorch's numbers.
+std::string GenerationParameters(const DiffusionModel& model, const GenerateOptions& options,
+                                 size_t index);
 
 }  // namespace calotype

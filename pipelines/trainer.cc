@@ -389,7 +389,7 @@ void Trainer::WriteSamples() {
   std::vector<Image> pictures = TensorToImages(sampler_->Generate(options));
   std::string text;
   for (size_t i = 0; i < pictures.size(); ++i)
-    text += GenerationParameters(options, i, model_.side()) + "\n";
+    text += GenerationParameters(model_, options, i) + "\n";
   std::vector<PngText> chunks{{"parameters", text}};
   MakeFolder(folder_ / "samples");
   WritePng(folder_ / "samples" / fmt::format("step-{:08}.png", step_), ImageGrid(pictures, 4),

@@ -6,7 +6,7 @@
 #include "io/image_folder.h"
 #include "io/shapes.h"
 #include "models/presets.h"
-#include "pipelines/unet_folder.h"
+#include "pipelines/model_folder.h"
 
 namespace calotype {
 namespace {

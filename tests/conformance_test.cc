@@ -33,7 +33,7 @@
 #include "optim/optimizer.h"
 #include "pipelines/graph_runner.h"
 #include "pipelines/training_graph.h"
-#include "pipelines/unet_folder.h"
+#include "pipelines/model_folder.h"
 
 namespace calotype {
 namespace {

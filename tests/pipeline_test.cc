@@ -18,10 +18,10 @@
 #include "io/png.h"
 #include "io/safetensors.h"
 #include "io/shapes.h"
+#include "pipelines/model_folder.h"
 #include "pipelines/text_to_image.h"
 #include "pipelines/trainer.h"
 #include "pipelines/training_setup.h"
-#include "pipelines/unet_folder.h"
 #include "tests/expect_error.h"
 #include "tests/run_program.h"
 #include "tests/tiny_unet.h"
@@ -403,7 +403,7 @@ TEST_F(PipelineTest, AModelFolderHoldsTheModel) {
   ASSERT_EQ(a.size(), b.size());
   for (const auto& [name, tensor] : a) EXPECT_TRUE(SameBits(tensor, b.at(name))) << name;
   EXPECT_EQ(loaded->unet().config(), model->unet().config());
-  EXPECT_EQ(loaded->encoder().config(), model->encoder().config());
+  EXPECT_EQ(loaded->caption_encoder()->config(), model->caption_encoder()->config());
   EXPECT_EQ(loaded->scheduler(), Resolved(model->scheduler()));
   // Saving what was loaded gives the same bytes.
   loaded->Save(Folder("again"));
@@ -502,12 +502,12 @@ TEST_F(PipelineTest, GuidanceAndStepsChangeThePicture) {
   Tensor negative = pipeline.Generate(options);
   options.sampler = "ddpm";
   Tensor ancestral = pipeline.Generate(options);
-  options.side = 8;
+  options.width = 12, options.height = 8;
   Tensor small = pipeline.Generate(options);
   EXPECT_GT(LargestDifference(plain, guided), 1e-3);
   EXPECT_GT(LargestDifference(guided, negative), 1e-3);
   EXPECT_GT(LargestDifference(negative, ancestral), 1e-3);
-  EXPECT_EQ(small.shape(), (Shape{1, 3, 8, 8}));
+  EXPECT_EQ(small.shape(), (Shape{1, 3, 8, 12}));
 }
 
 TEST_F(PipelineTest, UnknownWordsAreNamed) {
@@ -576,19 +576,20 @@ TEST_F(PipelineTest, EverySamplerDraws) {
   }
 }
 
-TEST(GenerationParametersTest, AreWhatOtherProgramsWrite) {
-  GenerateOptions options;
-  options.prompts = {"a, b"};
+TEST_F(PipelineTest, ParametersAreWhatOtherProgramsWrite) {
+  auto model = Model();
+  GenerateOptions options = Prompts({"a, b"});
   options.seeds = {7};
+  options.steps = 25;
   options.guidance_scale = 3.5;
   options.negative_prompt = "c";
-  EXPECT_THAT(GenerationParameters(options, 0, 16),
+  EXPECT_THAT(GenerationParameters(*model, options, 0),
               StartsWith("a, b\nNegative prompt: c\nSteps: 25, Sampler: DDIM, CFG scale: 3.5, "
                          "Seed: 7, Size: 16x16, Version: calotype"));
-  options.sampler = "dpm++-2m-karras", options.rng = "torch";
+  options.sampler = "dpm++-2m-karras", options.rng = "torch", options.width = 24;
   EXPECT_THAT(
-      GenerationParameters(options, 0, 16),
-      HasSubstr("Sampler: DPM++ 2M Karras, CFG scale: 3.5, Seed: 7, Size: 16x16, RNG: CPU"));
+      GenerationParameters(*model, options, 0),
+      HasSubstr("Sampler: DPM++ 2M Karras, CFG scale: 3.5, Seed: 7, Size: 24x16, RNG: CPU"));
 }
 
 }  // namespace

@@ -11,7 +11,7 @@
 #include "graph/interpreter.h"
 #include "io/safetensors.h"
 #include "layer_gradient.h"
-#include "pipelines/unet_folder.h"
+#include "pipelines/model_folder.h"
 #include "temp_folder.h"
 #include "tests/expect_error.h"
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <string_view>
 
+#include "io/safetensors.h"
 #include "models/autoencoder_kl.h"
 #include "models/clip_text_model.h"
 #include "models/clip_tokenizer.h"
@@ -24,23 +25,34 @@ std::unique_ptr<UNet2DConditionModel> LoadUNet(const std::filesystem::path& fold
 std::unique_ptr<AutoencoderKL> LoadAutoencoderKL(const std::filesystem::path& folder);
 // Also files without the prefix "text_model." (CLIPTextModel::CurrentNames).
 std::unique_ptr<CLIPTextModel> LoadCLIPTextModel(const std::filesystem::path& folder);
-// vocab.json, merges.txt and, if it is there, tokenizer_config.json.
+// vocab.json and merges.txt, or the tokenizer.json that transformers writes from version 5 on; and,
+// if it is there, tokenizer_config.json.
 std::unique_ptr<CLIPTokenizer> LoadCLIPTokenizer(const std::filesystem::path& folder);
+
+// Its files as they are, name -> content, for writing them again.
+std::map<std::string, std::string> ReadTokenizerFiles(const std::filesystem::path& folder);
+CLIPTokenizer MakeCLIPTokenizer(const std::map<std::string, std::string>& files,
+                                const std::filesystem::path& folder);
 
 // Makes the folder if needed; each file is replaced atomically. Errors: FileError.
 void SaveUNet(const std::filesystem::path& folder, UNet2DConditionModel& unet);
 void SaveAutoencoderKL(const std::filesystem::path& folder, AutoencoderKL& vae);
 void SaveCLIPTextModel(const std::filesystem::path& folder, CLIPTextModel& text_encoder);
 
-// The config in a file. Errors: FileError, and those of UNet2DConditionConfig::FromJson with the
-// path.
+// The config in a file. Errors: FileError, and those of the config's FromJson with the path.
 UNet2DConditionConfig ReadUNetConfig(const std::filesystem::path& path);
+AutoencoderKLConfig ReadAutoencoderKLConfig(const std::filesystem::path& path);
+CLIPTextConfig ReadCLIPTextConfig(const std::filesystem::path& path);
 
-// The tensors of a model in a folder: STEM.safetensors, else the shards that
+// The weights of a folder into a model that was made from its config.
+void LoadWeightsOf(UNet2DConditionModel& unet, const std::filesystem::path& folder);
+void LoadWeightsOf(AutoencoderKL& vae, const std::filesystem::path& folder);
+void LoadWeightsOf(CLIPTextModel& text_encoder, const std::filesystem::path& folder);
+
+// The tensors of a model in a folder, without metadata: STEM.safetensors, else the shards that
 // STEM.safetensors.index.json lists, else STEM.fp16.safetensors. Errors: FileError naming file and
 // tensor.
-std::map<std::string, Tensor> ReadModelTensors(const std::filesystem::path& folder,
-                                               std::string_view stem);
+TensorFile ReadModelFile(const std::filesystem::path& folder, std::string_view stem);
 
 // Copies the tensors of a file into a layer. Errors: FileError naming the file and all that does
 // not fit.

@@ -1,4 +1,4 @@
-#include "pipelines/unet_folder.h"
+#include "pipelines/model_folder.h"
 
 #include <nlohmann/json.hpp>
 #include <set>
@@ -82,29 +82,60 @@ std::map<std::string, std::string> ReadShardIndex(const fs::path& path) {
   return files;
 }
 
+// The texts of vocab.json and merges.txt that a tokenizer.json stands for.
+std::pair<std::string, std::string> VocabularyOfFastTokenizer(const std::string& text) {
+  auto document = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  Check(document.is_object() && document.contains("model") && document["model"].is_object(),
+        "not a tokenizer: no object `model`");
+  const nlohmann::json& model = document["model"];
+  const auto type = model.find("type"), vocabulary = model.find("vocab"),
+             merges = model.find("merges");
+  Check<UnsupportedError>(type != model.end() && *type == "BPE",
+                          "model.type is {}, only BPE is supported",
+                          type == model.end() ? "missing" : type->dump());
+  Check(vocabulary != model.end() && merges != model.end() && merges->is_array(),
+        "model.vocab or model.merges is missing");
+  std::string lines = "#version: 0.2\n";
+  for (const nlohmann::json& merge : *merges) {
+    const bool pair =
+        merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string();
+    Check(pair || merge.is_string(), "model.merges has {}, expected two tokens", merge.dump());
+    lines += pair ? merge[0].get<std::string>() + " " + merge[1].get<std::string>()
+                  : merge.get<std::string>();
+    lines += '\n';
+  }
+  return {vocabulary->dump(), lines};
+}
+
 }  // namespace
 
-std::map<std::string, Tensor> ReadModelTensors(const fs::path& folder, std::string_view stem) {
+TensorFile ReadModelFile(const fs::path& folder, std::string_view stem) {
   fs::path index = WeightsFile(folder, stem);
-  if (index.extension() != ".json") return ReadSafetensors(index).tensors;
+  if (index.extension() != ".json") {
+    TensorFile file = ReadSafetensors(index);
+    file.metadata.clear();
+    return file;
+  }
   std::map<std::string, std::string> files = ReadShardIndex(index);
   std::set<std::string> shards;
   for (const auto& [name, file] : files) shards.insert(file);
-  std::map<std::string, Tensor> tensors;
+  TensorFile result;
   for (const std::string& shard : shards) {
-    for (auto& [name, tensor] : ReadSafetensors(folder / shard).tensors) {
+    TensorFile file = ReadSafetensors(folder / shard);
+    result.formats.merge(file.formats);
+    for (auto& [name, tensor] : file.tensors) {
       auto listed = files.find(name);
       Check<FileError>(listed != files.end() && listed->second == shard,
                        "{}: tensor {} is not listed for this shard in {}",
                        (folder / shard).string(), Quoted(name), index.filename().string());
-      tensors.emplace(name, std::move(tensor));
+      result.tensors.emplace(name, std::move(tensor));
       files.erase(listed);
     }
   }
   Check<FileError>(files.empty(), "{}: shard {} lacks tensor {}", index.string(),
                    files.empty() ? "" : files.begin()->second,
                    files.empty() ? "" : Quoted(files.begin()->first));
-  return tensors;
+  return result;
 }
 
 UNet2DConditionConfig ReadUNetConfig(const fs::path& path) {
@@ -115,38 +146,82 @@ void LoadWeights(Layer& layer, const fs::path& path) {
   LoadTensors(layer, ReadSafetensors(path).tensors, path);
 }
 
+AutoencoderKLConfig ReadAutoencoderKLConfig(const fs::path& path) {
+  return ReadConfig<AutoencoderKLConfig>(path);
+}
+
+CLIPTextConfig ReadCLIPTextConfig(const fs::path& path) { return ReadConfig<CLIPTextConfig>(path); }
+
+void LoadWeightsOf(UNet2DConditionModel& unet, const fs::path& folder) {
+  LoadTensors(unet, ReadModelFile(folder, kDiffusers).tensors, WeightsFile(folder, kDiffusers));
+}
+
+void LoadWeightsOf(AutoencoderKL& vae, const fs::path& folder) {
+  auto tensors = Naming(WeightsFile(folder, kDiffusers), [&] {
+    return AutoencoderKL::CurrentNames(ReadModelFile(folder, kDiffusers).tensors);
+  });
+  LoadTensors(vae, std::move(tensors), WeightsFile(folder, kDiffusers));
+}
+
+void LoadWeightsOf(CLIPTextModel& text_encoder, const fs::path& folder) {
+  LoadTensors(text_encoder,
+              CLIPTextModel::CurrentNames(ReadModelFile(folder, kTransformers).tensors),
+              WeightsFile(folder, kTransformers));
+}
+
 std::unique_ptr<UNet2DConditionModel> LoadUNet(const fs::path& folder) {
   auto unet = std::make_unique<UNet2DConditionModel>(ReadUNetConfig(folder / "config.json"));
-  LoadTensors(*unet, ReadModelTensors(folder, kDiffusers), WeightsFile(folder, kDiffusers));
+  LoadWeightsOf(*unet, folder);
   return unet;
 }
 
 std::unique_ptr<AutoencoderKL> LoadAutoencoderKL(const fs::path& folder) {
-  auto config = ReadConfig<AutoencoderKLConfig>(folder / "config.json");
-  auto vae = std::make_unique<AutoencoderKL>(config);
-  auto tensors = Naming(WeightsFile(folder, kDiffusers), [&] {
-    return AutoencoderKL::CurrentNames(ReadModelTensors(folder, kDiffusers));
-  });
-  LoadTensors(*vae, std::move(tensors), WeightsFile(folder, kDiffusers));
+  auto vae = std::make_unique<AutoencoderKL>(ReadAutoencoderKLConfig(folder / "config.json"));
+  LoadWeightsOf(*vae, folder);
   return vae;
 }
 
 std::unique_ptr<CLIPTextModel> LoadCLIPTextModel(const fs::path& folder) {
-  auto config = ReadConfig<CLIPTextConfig>(folder / "config.json");
-  auto text_encoder = std::make_unique<CLIPTextModel>(config);
-  LoadTensors(*text_encoder, CLIPTextModel::CurrentNames(ReadModelTensors(folder, kTransformers)),
-              WeightsFile(folder, kTransformers));
+  auto text_encoder = std::make_unique<CLIPTextModel>(ReadCLIPTextConfig(folder / "config.json"));
+  LoadWeightsOf(*text_encoder, folder);
   return text_encoder;
 }
 
-std::unique_ptr<CLIPTokenizer> LoadCLIPTokenizer(const fs::path& folder) {
+std::map<std::string, std::string> ReadTokenizerFiles(const fs::path& folder) {
+  std::map<std::string, std::string> files;
+  auto read = [&](const char* name) { files[name] = ReadFile(folder / name, kMaxText); };
+  const bool fast = !fs::exists(folder / "vocab.json") && fs::exists(folder / "tokenizer.json");
+  if (fast) {
+    read("tokenizer.json");
+  } else {
+    read("vocab.json"), read("merges.txt");
+  }
+  for (const char* name : {"tokenizer_config.json", "special_tokens_map.json"}) {
+    if (fs::exists(folder / name)) read(name);
+  }
+  return files;
+}
+
+CLIPTokenizer MakeCLIPTokenizer(const std::map<std::string, std::string>& files,
+                                const fs::path& folder) {
   CLIPTokenizerConfig config;
-  fs::path config_path = folder / "tokenizer_config.json";
-  if (fs::exists(config_path)) config = ReadConfig<CLIPTokenizerConfig>(config_path);
-  std::string vocabulary = ReadFile(folder / "vocab.json", kMaxText);
-  std::string merges = ReadFile(folder / "merges.txt", kMaxText);
-  return Naming(folder,
-                [&] { return std::make_unique<CLIPTokenizer>(vocabulary, merges, config); });
+  if (auto found = files.find("tokenizer_config.json"); found != files.end()) {
+    config =
+        Naming(folder / found->first, [&] { return CLIPTokenizerConfig::FromJson(found->second); });
+  }
+  if (auto found = files.find("tokenizer.json"); found != files.end()) {
+    return Naming(folder / found->first, [&] {
+      auto [vocabulary, merges] = VocabularyOfFastTokenizer(found->second);
+      return CLIPTokenizer(vocabulary, merges, config);
+    });
+  }
+  return Naming(folder, [&] {
+    return CLIPTokenizer(files.at("vocab.json"), files.at("merges.txt"), config);
+  });
+}
+
+std::unique_ptr<CLIPTokenizer> LoadCLIPTokenizer(const fs::path& folder) {
+  return std::make_unique<CLIPTokenizer>(MakeCLIPTokenizer(ReadTokenizerFiles(folder), folder));
 }
 
 void SaveUNet(const fs::path& folder, UNet2DConditionModel& unet) {
