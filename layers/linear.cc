@@ -35,8 +35,8 @@ std::vector<Value> Linear::ExportComputationGraph(ComputationGraph& graph,
 LoRALayer* Linear::MakeLoRA(const std::string& name, int64_t rank,
                             std::optional<double> network_alpha) {
   return AddLayer<LoRALinearLayer>(
-      name, LoRALinearLayer::Options{options_.in_features, options_.out_features, rank,
-                                     network_alpha});
+      name,
+      LoRALinearLayer::Options{options_.in_features, options_.out_features, rank, network_alpha});
 }
 
 Embedding::Embedding(const Options& options) : Layer("Embedding"), options_(options) {
