@@ -8,9 +8,15 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/parallel.h"
+#include "io/safetensors.h"
 #include "models/prompt_a1111.h"
 #include "models/prompt_compel.h"
+#include "pipelines/model_folder.h"
+#include "pipelines/prompt_encoding.h"
+#include "pipelines/prompt_tokens.h"
 #include "tests/expect_error.h"
+#include "tests/tiny_unet.h"
 
 namespace calotype {
 
@@ -168,6 +174,199 @@ TEST(CompelTest, NestingCostsNoMoreThanItsLength) {
   CompelPrompt prompt = ParseCompel(text);
   ASSERT_EQ(prompt.parts[0].prompts[0].size(), 40u);
   EXPECT_NEAR(prompt.parts[0].prompts[0][0].weight, std::pow(1.01, 40), 1e-12);
+}
+
+// ---------------------------------------------------------------- encodings
+
+double Difference(const Tensor& a, const Tensor& b) {
+  EXPECT_EQ(a.shape(), b.shape());
+  if (a.shape() != b.shape()) return INFINITY;
+  double largest = 0, difference = 0;
+  for (int64_t i = 0; i < b.elements(); ++i) {
+    largest = std::max<double>(largest, std::abs(b.data()[i]));
+    difference = std::max<double>(difference, std::abs(a.data()[i] - b.data()[i]));
+  }
+  return difference / largest;
+}
+
+// The tiny CLIP of the fixtures; a word is one token, numbered by its letters.
+class ClipEncodingTest : public ::testing::Test {
+ protected:
+  ClipEncodingTest() {
+    SetThreads(1);
+    model_ = LoadCLIPTextModel(std::string(CALOTYPE_TEST_DATA) + "/fixtures/clip/tiny");
+    model_->SetTrainingMode(false);
+    encoder_ = {.length = 20, .bos = 97, .eos = 98, .pad = 98};
+    encoder_.tokenize = [](std::string_view text) {
+      std::vector<int64_t> ids;
+      for (const std::string& word : SplitWords(text)) {
+        int64_t sum = 0;
+        for (char c : word) sum += c;
+        ids.push_back(sum % 90 + 1);
+      }
+      return ids;
+    };
+    encoder_.encode = [this](const Tensor& ids, const Tensor& mask) {
+      return model_->Forward({ids, mask});
+    };
+  }
+  std::unique_ptr<CLIPTextModel> model_;
+  PromptEncoder encoder_;
+};
+
+TEST_F(ClipEncodingTest, EncodingsAreThoseOfCompelAndTheWebInterface) {
+  auto texts = Golden("encodings.json");
+  auto tensors =
+      ReadSafetensors(std::string(CALOTYPE_TEST_DATA) + "/prompts/encodings.safetensors").tensors;
+  ASSERT_EQ(texts["compel"].size(), 10u);
+  for (size_t i = 0; i < texts["compel"].size(); ++i) {
+    std::string text = texts["compel"][i];
+    for (auto [name, mode] :
+         {std::pair{"mask", Downweight::kMask}, {"remove", Downweight::kRemove}}) {
+      Tensor encoding = EncodeCompel(encoder_, ParseCompel(text), mode);
+      EXPECT_LT(Difference(encoding, tensors.at(fmt::format("compel.{}.{}", name, i))), 2e-6)
+          << text << " " << name;
+    }
+  }
+  ASSERT_EQ(texts["a1111"].size(), 6u);
+  for (size_t i = 0; i < texts["a1111"].size(); ++i) {
+    std::string text = texts["a1111"][i];
+    EXPECT_LT(Difference(EncodeA1111(encoder_, ParseA1111Weights(text)),
+                         tensors.at(fmt::format("a1111.{}", i))),
+              2e-6)
+        << text;
+  }
+}
+
+TEST_F(ClipEncodingTest, ChunksWithoutInnerMarkers) {
+  auto runs = ParseA1111Weights("a cat BREAK (on:1.5) a mat");
+  encoder_.restore_mean = false;
+  Tensor all = EncodeA1111(encoder_, runs, {.min_chunks = 3});
+  ASSERT_EQ(all.shape(), Shape({60, 16}));
+  Tensor some = EncodeA1111(encoder_, runs, {.min_chunks = 3, .inner_markers = false});
+  ASSERT_EQ(some.shape(), Shape({56, 16}));  // 3 * 18 + 2
+  std::vector<int64_t> kept;
+  for (int64_t t = 0; t < 60; ++t) {
+    if (t != 19 && t != 20 && t != 39 && t != 40) kept.push_back(t);
+  }
+  for (size_t i = 0; i < kept.size(); ++i) {
+    for (int64_t d = 0; d < 16; ++d) {
+      EXPECT_EQ(some.data()[static_cast<int64_t>(i) * 16 + d], all.data()[kept[i] * 16 + d]);
+    }
+  }
+  int64_t cut = 0;
+  EncodeCompel(encoder_,
+               ParseCompel(std::string(40, 'a') + std::string(" b c d e") +
+                           " f g h i j k l m n o p q r s t u"),
+               Downweight::kMask, [&](int64_t tokens) { cut = tokens; });
+  EXPECT_EQ(cut, 21 - 18);
+}
+
+class ContextTest : public ::testing::Test {
+ protected:
+  static std::unique_ptr<DiffusionModel> Model() {
+    SetThreads(1);
+    CaptionEncoderConfig encoder;
+    encoder.vocabulary = {"<pad>", "<unk>", "a", "blue", "circle", "large", "red", "square"};
+    encoder.hidden_size = 8;
+    encoder.num_attention_heads = 2;
+    SchedulerConfig scheduler;
+    scheduler.type = "DDIMScheduler";
+    auto model = std::make_unique<DiffusionModel>(UNet2DConditionConfig::FromJson(test::kTinyUNet),
+                                                  encoder, scheduler);
+    model->Initialize(5);
+    model->SetTrainingMode(false);
+    return model;
+  }
+  Tensor Plain(const std::string& text) {
+    Tensor z = pipeline_.Encode(model_->Tokens(std::vector{text}, {}));
+    return z.Reshape({8, 8});
+  }
+  auto Contexts(PromptSyntax syntax, const std::string& prompt) {
+    options_.prompts = {prompt};
+    return PromptContexts(pipeline_, options_, syntax,
+                          [this](const std::string& text) { warnings_.push_back(text); });
+  }
+  Tensor Draw(const std::string& prompt, std::optional<PromptSyntax> syntax) {
+    GenerateOptions options = options_;
+    options.prompts = {prompt};
+    if (syntax) options.context = PromptContexts(pipeline_, options, *syntax);
+    return pipeline_.Generate(options);
+  }
+  std::unique_ptr<DiffusionModel> model_ = Model();
+  TextToImagePipeline pipeline_{*model_, Backend::kEager};
+  GenerateOptions options_{.seeds = {3}, .steps = 4, .guidance_scale = 3};
+  std::vector<std::string> warnings_;
+};
+
+TEST_F(ContextTest, SchedulesChangeTheContextFromStepToStep) {
+  auto context = Contexts(PromptSyntax::kA1111, "a [red:blue:2] circle");
+  for (int64_t step = 0; step < 6; ++step) {
+    EXPECT_EQ(Difference(context(0, step, 4).positive.at(0),
+                         Plain(step < 2 ? "a red circle" : "a blue circle")),
+              0)
+        << step;
+  }
+  EXPECT_EQ(Difference(context(0, 0, 4).negative, Plain("")), 0);
+  // The encoder of captions keeps no mean: weights are factors.
+  context = Contexts(PromptSyntax::kA1111, "a (red:1.5) circle");
+  Tensor weighted = context(0, 0, 4).positive[0], plain = Plain("a red circle");
+  for (int64_t t = 0; t < 8; ++t) {
+    for (int64_t d = 0; d < 8; ++d) {
+      float factor = t == 1 ? 1.5f : 1.0f;
+      EXPECT_FLOAT_EQ(weighted.data()[t * 8 + d], factor * plain.data()[t * 8 + d]);
+    }
+  }
+}
+
+TEST_F(ContextTest, CompositionsAndLengths) {
+  options_.negative_prompt = "square BREAK blue";
+  auto context = Contexts(PromptSyntax::kA1111, "a red circle AND a large square :0.5");
+  PictureContext at = context(0, 3, 4);
+  EXPECT_THAT(at.weights, ElementsAre(1, .5));
+  ASSERT_EQ(at.positive.size(), 2u);
+  EXPECT_EQ(at.negative.shape(), Shape({16, 8}));
+  ASSERT_EQ(at.positive[1].shape(), Shape({16, 8}));
+  Tensor first = Plain("a large square"), empty = Plain("");
+  for (int64_t k = 0; k < 64; ++k) {
+    EXPECT_EQ(at.positive[1].data()[k], first.data()[k]);
+    EXPECT_EQ(at.positive[1].data()[64 + k], empty.data()[k]);
+  }
+  Contexts(PromptSyntax::kA1111, "a green (green:1.2) circle");
+  EXPECT_THAT(warnings_, ElementsAre(HasSubstr("\"green\"")));
+}
+
+TEST_F(ContextTest, CompelMasksWithPaddingAndReportsWhatItCuts) {
+  auto context = Contexts(PromptSyntax::kCompel, "a red+ circle");
+  Tensor weighted = context(0, 0, 4).positive[0], plain = Plain("a red circle"), empty = Plain("");
+  for (int64_t d = 0; d < 8; ++d) {
+    EXPECT_NEAR(weighted.data()[8 + d],
+                empty.data()[8 + d] + 1.1 * (plain.data()[8 + d] - empty.data()[8 + d]), 1e-6);
+    EXPECT_EQ(weighted.data()[16 + d], plain.data()[16 + d]);
+  }
+  // Weight 0: as if the word were padding.
+  context = Contexts(PromptSyntax::kCompel, "a (red)0 circle");
+  Tensor gone = context(0, 0, 4).positive[0];
+  for (int64_t d = 0; d < 8; ++d) EXPECT_NEAR(gone.data()[8 + d], empty.data()[8 + d], 1e-5);
+  Contexts(PromptSyntax::kCompel, "a a a a a a a a red circle");
+  EXPECT_THAT(warnings_, ElementsAre(HasSubstr("the last 2 tokens")));
+}
+
+TEST_F(ContextTest, PicturesOfPromptsWithoutSyntaxAreThePlainOnes) {
+  Tensor plain = Draw("a red circle", {});
+  EXPECT_EQ(Difference(Draw("a red circle", PromptSyntax::kA1111), plain), 0);
+  EXPECT_EQ(Difference(Draw("a red circle", PromptSyntax::kCompel), plain), 0);
+  // Twice the half is the whole.
+  EXPECT_LT(
+      Difference(Draw("a red circle :0.5 AND a red circle :0.5", PromptSyntax::kA1111), plain),
+      1e-5);
+  EXPECT_GT(Difference(Draw("a (red:3) circle", PromptSyntax::kA1111), plain), 1e-3);
+  EXPECT_GT(Difference(Draw("a [red|blue] circle", PromptSyntax::kA1111), plain), 1e-3);
+  EXPECT_GT(
+      Difference(Draw("(\"a red circle\", \"a blue square\").blend(1, 1)", PromptSyntax::kCompel),
+                 plain),
+      1e-3);
+  EXPECT_THAT(MessageOf<ValueError>([] { ParsePromptSyntax("x"); }), HasSubstr("`x` is unknown"));
 }
 
 }  // namespace

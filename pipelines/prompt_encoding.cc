@@ -1,0 +1,424 @@
+#include "pipelines/prompt_encoding.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <numbers>
+#include <numeric>
+#include <set>
+
+#include "core/error.h"
+#include "graph/functions.h"
+
+namespace calotype {
+namespace {
+
+// A row of ids with the weights of its tokens.
+struct Chunk {
+  std::vector<int64_t> ids;
+  std::vector<float> weights;
+};
+
+// The tokens within bos and eos, filled to L.
+Chunk Wrap(const PromptEncoder& encoder, std::vector<int64_t> ids, std::vector<float> weights,
+           int64_t fill) {
+  if (encoder.bos) {
+    ids.insert(ids.begin(), *encoder.bos);
+    weights.insert(weights.begin(), 1);
+  }
+  if (encoder.eos) ids.push_back(*encoder.eos);
+  ids.resize(static_cast<size_t>(encoder.length), fill);
+  weights.resize(ids.size(), 1);
+  return {std::move(ids), std::move(weights)};
+}
+
+// [L, D]
+Tensor Encode(const PromptEncoder& encoder, const std::vector<int64_t>& ids,
+              const std::vector<float>& mask = {}) {
+  Tensor row = Tensor::From({1, encoder.length}, ids);
+  Tensor z = encoder.encode(row, mask.empty() ? Tensor() : Tensor::From({1, encoder.length}, mask));
+  Check<ShapeError>(z.shape().rank() == 3 && z.shape()[0] == 1 && z.shape()[1] == encoder.length,
+                    "prompt: the text encoder made {} of {} tokens", z.shape(), encoder.length);
+  return z.Reshape({z.shape()[1], z.shape()[2]});
+}
+
+// [T1, D], [T2, D], ... one behind the other.
+Tensor Join(std::span<const Tensor> parts) {
+  int64_t tokens = 0;
+  for (const Tensor& part : parts) tokens += part.shape()[0];
+  Tensor joined({tokens, parts[0].shape()[1]});
+  float* to = joined.data();
+  for (const Tensor& part : parts) to = std::copy_n(part.data(), part.elements(), to);
+  return joined;
+}
+
+double MeanOf(const Tensor& x) {
+  double sum = 0;
+  for (float v : x.values()) sum += v;
+  return sum / static_cast<double>(x.elements());
+}
+
+}  // namespace
+
+PromptSyntax ParsePromptSyntax(std::string_view name) {
+  if (name == "plain") return PromptSyntax::kPlain;
+  if (name == "a1111") return PromptSyntax::kA1111;
+  Check(name == "compel", "prompt syntax `{}` is unknown; there are plain, a1111 and compel", name);
+  return PromptSyntax::kCompel;
+}
+
+PromptEncoder MakePromptEncoder(TextToImagePipeline& pipeline, int64_t clip_skip,
+                                const DiffusionModel::Warn& warn) {
+  PromptEncoder encoder;
+  DiffusionModel& model = pipeline.model();
+  encoder.length = model.caption_tokens();
+  auto encode = [&pipeline, clip_skip](const Tensor& ids) {
+    return pipeline.Encode(ids, clip_skip);
+  };
+  if (const CLIPTokenizer* tokenizer = model.tokenizer()) {
+    encoder.bos = tokenizer->bos();
+    encoder.eos = tokenizer->eos();
+    encoder.pad = tokenizer->pad();
+    encoder.tokenize = [tokenizer](std::string_view text) { return tokenizer->Tokenize(text); };
+    // Few prompts need a mask, so that graph is interpreted.
+    auto masked = std::make_shared<std::unique_ptr<GraphRunner>>();
+    encoder.encode = [=, clip = model.text_encoder(), &model](const Tensor& ids,
+                                                              const Tensor& mask) {
+      if (!mask.defined()) return encode(ids);
+      if (!*masked) {
+        model.SetTrainingMode(false);
+        int64_t before = clip->clip_skip();
+        clip->SetClipSkip(clip_skip);
+        ComputationGraph graph;
+        Value tokens = graph.Input("tokens", ids.type()), seen = graph.Input("mask", mask.type());
+        graph.Output("context", clip->Call({tokens, seen}));
+        clip->SetClipSkip(before);
+        *masked = std::make_unique<GraphRunner>(std::move(graph), Backend::kEager);
+      }
+      return (*masked)->Run(std::vector{ids, mask})[0];
+    };
+    return encoder;
+  }
+  encoder.pad = CaptionTokenizer::kPad;
+  encoder.restore_mean = false;
+  auto reported = std::make_shared<std::set<std::string>>();
+  encoder.tokenize = [&model, warn, reported](std::string_view text) {
+    std::vector<std::string> words = CaptionWords(text);
+    if (words.empty()) return std::vector<int64_t>{};
+    CaptionTokenizer tokenizer(model.caption_encoder()->config().vocabulary,
+                               static_cast<int64_t>(words.size()));
+    CaptionTokenizer::Encoded encoded = tokenizer.Encode(text);
+    for (const std::string& word : encoded.unknown) {
+      if (warn && reported->insert(word).second) {
+        warn(fmt::format("the model does not know the word \"{}\"; taken as <unk>", word));
+      }
+    }
+    return encoded.ids;
+  };
+  encoder.encode = [=, pad = encoder.pad](const Tensor& ids, const Tensor& mask) {
+    if (!mask.defined()) return encode(ids);
+    Tensor seen = ids.Clone();
+    for (int64_t i = 0; i < seen.elements(); ++i) {
+      if (mask.data()[i] == 0) seen.data<int64_t>()[i] = pad;
+    }
+    return encode(seen);
+  };
+  return encoder;
+}
+
+// ---------------------------------------------------------------- AUTOMATIC1111
+
+Tensor EncodeA1111(const PromptEncoder& encoder, std::span<const WeightedText> runs,
+                   const A1111Options& options) {
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> ids;
+  std::vector<float> weights;
+  auto end_chunk = [&] {
+    chunks.push_back(Wrap(encoder, std::exchange(ids, {}), std::exchange(weights, {}),
+                          encoder.eos.value_or(encoder.pad)));
+  };
+  for (const WeightedText& run : runs) {
+    if (run.IsBreak()) {
+      end_chunk();
+      continue;
+    }
+    for (int64_t id : encoder.tokenize(run.text)) {
+      if (static_cast<int64_t>(ids.size()) == encoder.capacity()) end_chunk();
+      ids.push_back(id);
+      weights.push_back(static_cast<float>(run.weight));
+    }
+  }
+  if (!ids.empty() || chunks.empty()) end_chunk();
+  while (static_cast<int64_t>(chunks.size()) < options.min_chunks) end_chunk();
+
+  std::vector<Tensor> parts;
+  std::vector<float> factors;
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    Tensor z = Encode(encoder, chunks[i].ids);
+    int64_t begin = 0, end = encoder.length;
+    if (!options.inner_markers && i > 0 && encoder.bos) ++begin;
+    if (!options.inner_markers && i + 1 < chunks.size() && encoder.eos) --end;
+    Tensor part({end - begin, z.shape()[1]});
+    std::copy_n(z.data() + begin * z.shape()[1], part.elements(), part.data());
+    parts.push_back(part);
+    factors.insert(factors.end(), chunks[i].weights.begin() + begin,
+                   chunks[i].weights.begin() + end);
+  }
+  Tensor all = Join(parts);
+  double before = MeanOf(all);
+  int64_t width = all.shape()[1];
+  bool weighted = false;
+  for (int64_t t = 0; t < all.shape()[0]; ++t) {
+    float factor = factors[static_cast<size_t>(t)];
+    weighted |= factor != 1;
+    for (int64_t d = 0; d < width; ++d) all.data()[t * width + d] *= factor;
+  }
+  if (!weighted || !encoder.restore_mean) return all;
+  double restore = before / MeanOf(all);
+  Check<NumericError>(std::isfinite(restore),
+                      "prompt: with these weights the mean of the embeddings is 0");
+  for (float& v : all.values()) v *= static_cast<float>(restore);
+  return all;
+}
+
+// ---------------------------------------------------------------- compel
+
+namespace {
+
+// A prompt's fragments as one row, and where they are in it.
+struct FragmentRow {
+  Chunk chunk;
+  std::vector<std::pair<size_t, size_t>> places;  // begin and end; equal: not in the row
+  int64_t cut = 0;                                // tokens that did not fit
+};
+
+FragmentRow MakeRow(const PromptEncoder& encoder, std::span<const WeightedText> fragments) {
+  FragmentRow row;
+  auto capacity = static_cast<size_t>(encoder.capacity());
+  size_t first = encoder.bos ? 1 : 0;
+  std::vector<int64_t> ids;
+  std::vector<float> weights;
+  for (const WeightedText& fragment : fragments) {
+    size_t begin = std::min(ids.size(), capacity);
+    for (int64_t id : encoder.tokenize(fragment.text)) {
+      ids.push_back(id);
+      weights.push_back(static_cast<float>(fragment.weight));
+    }
+    size_t end = std::min(ids.size(), capacity);
+    // As in compel, a fragment that is cut off reaches to the end of the row.
+    bool reaches = ids.size() > capacity && end > begin;
+    row.places.emplace_back(first + begin,
+                            reaches ? static_cast<size_t>(encoder.length) : first + end);
+  }
+  if (ids.size() > capacity) {
+    row.cut = static_cast<int64_t>(ids.size() - capacity);
+    ids.resize(capacity);
+    weights.resize(capacity);
+  }
+  row.chunk = Wrap(encoder, std::move(ids), std::move(weights), encoder.pad);
+  return row;
+}
+
+class CompelEncoder {
+ public:
+  CompelEncoder(const PromptEncoder& encoder, Downweight downweight,
+                const std::function<void(int64_t)>& cut)
+      : encoder_(encoder),
+        downweight_(downweight),
+        cut_(cut),
+        empty_(Encode(encoder, Wrap(encoder, {}, {}, encoder.pad).ids)) {}
+
+  const Tensor& empty() const { return empty_; }
+
+  Tensor Fragments(std::span<const WeightedText> fragments) {
+    FragmentRow row = MakeRow(encoder_, fragments);
+    if (row.cut > 0 && cut_) cut_(row.cut);
+    std::vector<Tensor> encodings = {Weighted(row.chunk)};
+    std::vector<double> weights = {1};
+    for (size_t i = 0; i < fragments.size(); ++i) {
+      auto [begin, end] = row.places[i];
+      if (fragments[i].weight >= 1 || begin == end) continue;
+      if (downweight_ == Downweight::kMask) {
+        std::vector<float> mask(row.chunk.ids.size(), 1);
+        std::fill(mask.begin() + static_cast<int64_t>(begin),
+                  mask.begin() + static_cast<int64_t>(end), 0.0f);
+        encodings.push_back(Weighted(row.chunk, mask));
+      } else {
+        std::vector<WeightedText> others(fragments.begin(), fragments.end());
+        others.erase(others.begin() + static_cast<int64_t>(i));
+        encodings.push_back(Weighted(MakeRow(encoder_, others).chunk));
+      }
+      double share = 1 - std::max(fragments[i].weight, 1e-5);
+      weights.push_back(std::tan(share * std::numbers::pi / 2));
+    }
+    return Sum(encodings, weights, true);
+  }
+
+  // The weighted sum of encodings [T, D].
+  static Tensor Sum(std::span<const Tensor> encodings, std::vector<double> weights,
+                    bool normalize) {
+    if (normalize) {
+      double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
+      for (double& weight : weights) weight /= sum;
+    }
+    if (encodings.size() == 1 && weights[0] == 1) return encodings[0];
+    Tensor result(encodings[0].shape());
+    for (int64_t k = 0; k < result.elements(); ++k) {
+      double value = 0;
+      for (size_t i = 0; i < encodings.size(); ++i) value += weights[i] * encodings[i].data()[k];
+      result.data()[k] = static_cast<float>(value);
+    }
+    return result;
+  }
+
+ private:
+  // z0 + w (z - z0), exactly z where w is 1.
+  Tensor Weighted(const Chunk& chunk, const std::vector<float>& mask = {}) {
+    Tensor z = Encode(encoder_, chunk.ids, mask).Clone();
+    int64_t width = z.shape()[1];
+    for (size_t t = 0; t < chunk.weights.size(); ++t) {
+      if (chunk.weights[t] == 1) continue;
+      for (int64_t d = 0; d < width; ++d) {
+        int64_t k = static_cast<int64_t>(t) * width + d;
+        float zero = empty_.data()[k];
+        z.data()[k] = zero + chunk.weights[t] * (z.data()[k] - zero);
+      }
+    }
+    return z;
+  }
+
+  const PromptEncoder& encoder_;
+  Downweight downweight_;
+  const std::function<void(int64_t)>& cut_;
+  Tensor empty_;
+};
+
+}  // namespace
+
+Tensor EncodeCompel(const PromptEncoder& encoder, const CompelPrompt& prompt, Downweight downweight,
+                    const std::function<void(int64_t)>& cut) {
+  CompelEncoder compel(encoder, downweight, cut);
+  std::vector<Tensor> parts;
+  for (size_t i = 0; i < prompt.parts.size(); ++i) {
+    const CompelBlend& blend = prompt.parts[i];
+    std::vector<Tensor> encodings;
+    for (const auto& fragments : blend.prompts) encodings.push_back(compel.Fragments(fragments));
+    bool single = encodings.size() == 1;
+    Tensor part = CompelEncoder::Sum(encodings, blend.weights, blend.normalize);
+    if (single && !blend.normalize) part = encodings[0];
+    double weight = prompt.weights[i];
+    if (weight != 1) {
+      part = CompelEncoder::Sum(std::vector{compel.empty(), part}, {1 - weight, weight}, false);
+    }
+    parts.push_back(part);
+  }
+  return Join(parts);
+}
+
+// ---------------------------------------------------------------- contexts of pictures
+
+namespace {
+
+// Embeddings that are filled up to one length, by what they were made from.
+class Encodings {
+ public:
+  explicit Encodings(PromptEncoder encoder) : encoder_(std::move(encoder)) {}
+
+  void Add(const std::string& text, const std::function<Tensor()>& encode) {
+    if (!known_.count(text)) known_[text] = encode();
+  }
+  void Fill() {
+    int64_t most = 0;
+    for (const auto& [text, tensor] : known_) most = std::max(most, tensor.shape()[0]);
+    Tensor empty = Encode(encoder_, Wrap(encoder_, {}, {}, encoder_.pad).ids);
+    for (auto& [text, tensor] : known_) {
+      std::vector<Tensor> parts = {tensor};
+      for (int64_t t = tensor.shape()[0]; t < most; t += encoder_.length) parts.push_back(empty);
+      tensor = Join(parts);
+    }
+  }
+  const Tensor& At(const std::string& text) const { return known_.at(text); }
+
+ private:
+  PromptEncoder encoder_;
+  std::map<std::string, Tensor> known_;
+};
+
+// What is drawn at a step.
+struct StepTexts {
+  std::vector<std::string> positive;
+  std::vector<double> weights;
+  std::string negative;
+};
+
+const std::string& TextAt(const std::vector<ScheduledText>& schedule, int64_t step) {
+  for (const ScheduledText& text : schedule) {
+    if (step < text.last_step) return text.text;
+  }
+  return schedule.back().text;  // samplers may take a few calls more than steps
+}
+
+}  // namespace
+
+std::function<PictureContext(size_t, int64_t, int64_t)> PromptContexts(
+    TextToImagePipeline& pipeline, const GenerateOptions& given, PromptSyntax syntax,
+    const DiffusionModel::Warn& warn) {
+  Check(syntax != PromptSyntax::kPlain, "prompt: plain prompts need no contexts of their own");
+  GenerateOptions options = Resolved(pipeline.model(), given);
+  // As with plain prompts the negative one does not skip layers.
+  PromptEncoder encoder = MakePromptEncoder(pipeline, options.clip_skip, warn);
+  PromptEncoder negative = MakePromptEncoder(pipeline, 0, warn);
+  auto encodings = std::make_shared<Encodings>(negative);
+  auto add = [&](const std::string& text, bool is_negative) {
+    const PromptEncoder& by = is_negative ? negative : encoder;
+    std::string key = (is_negative ? "-" : "+") + text;
+    encodings->Add(key, [&] {
+      if (syntax == PromptSyntax::kA1111) return EncodeA1111(by, ParseA1111Weights(text));
+      return EncodeCompel(by, ParseCompel(text), Downweight::kMask, [&](int64_t cut) {
+        if (warn) {
+          warn(fmt::format(
+              "prompt \"{}\": the last {} tokens are behind the {} that the model reads", text, cut,
+              by.capacity()));
+        }
+      });
+    });
+    return key;
+  };
+
+  std::vector<std::vector<StepTexts>> steps(options.prompts.size());
+  bool a1111 = syntax == PromptSyntax::kA1111;
+  auto schedule = [&](const std::string& text) {
+    return a1111 ? ParseA1111Schedule(text, options.steps)
+                 : std::vector<ScheduledText>{{options.steps, text}};
+  };
+  auto negative_schedule = schedule(options.negative_prompt);
+  for (size_t picture = 0; picture < options.prompts.size(); ++picture) {
+    std::vector<WeightedText> parts = {{options.prompts[picture], 1}};
+    if (a1111) parts = ParseA1111Composition(options.prompts[picture]);
+    bool composed = parts.size() > 1 || parts[0].weight != 1;
+    bool guided = *options.guidance_scale > 1 || composed;
+    std::vector<std::vector<ScheduledText>> schedules;
+    for (const WeightedText& part : parts) schedules.push_back(schedule(part.text));
+    for (int64_t step = 0; step < options.steps; ++step) {
+      StepTexts texts;
+      for (size_t i = 0; i < parts.size(); ++i) {
+        texts.positive.push_back(add(TextAt(schedules[i], step), false));
+        if (composed) texts.weights.push_back(parts[i].weight);
+      }
+      if (guided) texts.negative = add(TextAt(negative_schedule, step), true);
+      steps[picture].push_back(std::move(texts));
+    }
+  }
+  encodings->Fill();
+  return [encodings, steps](size_t picture, int64_t step, int64_t) {
+    const auto& all = steps[picture];
+    const StepTexts& texts = all[std::min(static_cast<size_t>(step), all.size() - 1)];
+    PictureContext context{.weights = texts.weights};
+    for (const std::string& text : texts.positive) context.positive.push_back(encodings->At(text));
+    if (!texts.negative.empty()) context.negative = encodings->At(texts.negative);
+    return context;
+  };
+}
+
+}  // namespace calotype
