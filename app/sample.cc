@@ -6,6 +6,7 @@
 #include "app/commands.h"
 #include "app/progress.h"
 #include "io/image.h"
+#include "io/jpeg.h"
 #include "io/png.h"
 #include "pipelines/text_to_image.h"
 
@@ -13,7 +14,7 @@ namespace calotype::app {
 namespace {
 
 struct Command {
-  std::filesystem::path model, out = "output.png";
+  std::filesystem::path model, out = "output.png", init_image, mask_image;
   std::vector<std::string> prompts;
   uint64_t seed = 0;
   int64_t count = 1, side = 0;
@@ -39,6 +40,8 @@ void Run(Command& command, bool quiet) {
       options.seeds.push_back(command.seed + static_cast<uint64_t>(i));
     }
   }
+  if (!command.init_image.empty()) options.init_image = ReadPicture(command.init_image);
+  if (!command.mask_image.empty()) options.mask_image = ReadPicture(command.mask_image);
   if (options.width == 0) options.width = command.side;
   if (options.height == 0) options.height = command.side;
   ProgressBar bar("draw", quiet);
@@ -94,8 +97,19 @@ void AddSample(CLI::App& app, Selected& selected) {
           "Last layers of CLIP that the prompt skips; as in diffusers, the negative prompt "
           "does not")
       ->capture_default_str();
-  sample->add_option("-W,--width", options.width, "Pixels [the model's]");
-  sample->add_option("-H,--height", options.height, "Pixels [the model's]");
+  sample
+      ->add_option("-i,--init-image,--init-img", command->init_image,
+                   "Image to image: PNG or JPEG to start from")
+      ->check(CLI::ExistingFile);
+  sample
+      ->add_option(
+          "--mask-image,--mask", command->mask_image,
+          "Inpainting: draw only where this picture, of the size of --init-image, is white")
+      ->check(CLI::ExistingFile);
+  sample->add_option("--strength", options.strength,
+                     "Share of the steps taken from --init-image on, 0 to 1 [0.8, with a mask 1]");
+  sample->add_option("-W,--width", options.width, "Pixels [the model's, or --init-image's]");
+  sample->add_option("-H,--height", options.height, "Pixels [the model's, or --init-image's]");
   sample->add_option("--side,--resolution", command->side, "Width and height at once");
   sample
       ->add_option("-s,--seed", command->seed, "Seed of the first picture; the next ones count up")

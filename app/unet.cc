@@ -1,4 +1,4 @@
-// calotype unet: a diffusers U-Net folder on given tensors.
+// calotype unet: a diffusers folder of a U-Net, autoencoder or text encoder on given tensors.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -14,6 +14,7 @@
 #include "core/parallel.h"
 #include "graph/flop.h"
 #include "io/atomic_file.h"
+#include "io/file.h"
 #include "io/safetensors.h"
 #include "pipelines/benchmark.h"
 #include "pipelines/model_folder.h"
@@ -35,16 +36,17 @@ struct Inputs {
   std::vector<Tensor> tensors;
 };
 
-// The inputs of the model in its order; encoder_attention_mask may be absent.
-Inputs ReadInputs(const std::filesystem::path& path) {
+// The inputs of a model in its order; the last `optional` of them may be absent.
+Inputs ReadInputs(const std::filesystem::path& path, const std::vector<const char*>& names,
+                  size_t optional) {
   TensorFile file = ReadSafetensors(path);
   Inputs inputs;
-  for (const char* name :
-       {"sample", "timestep", "encoder_hidden_states", "encoder_attention_mask"}) {
+  for (size_t i = 0; i < names.size(); ++i) {
+    const char* name = names[i];
     auto at = file.tensors.find(name);
     if (at == file.tensors.end()) {
-      Check<FileError>(std::string_view(name) == "encoder_attention_mask",
-                       "{}: tensor \"{}\" is missing", path.string(), name);
+      Check<FileError>(i + optional >= names.size(), "{}: tensor \"{}\" is missing", path.string(),
+                       name);
       continue;
     }
     inputs.declared.push_back({name, at->second.type()});
@@ -52,17 +54,15 @@ Inputs ReadInputs(const std::filesystem::path& path) {
     file.tensors.erase(at);
   }
   for (const auto& [name, tensor] : file.tensors) {
-    Fail<FileError>(
-        "{}: tensor \"{}\" is unknown; the inputs are sample, timestep, encoder_hidden_states, "
-        "encoder_attention_mask",
-        path.string(), name);
+    Fail<FileError>("{}: tensor \"{}\" is unknown; the inputs are {}", path.string(), name,
+                    fmt::join(names, ", "));
   }
   return inputs;
 }
 
 // The loaded model and what its calls have taken.
 struct Session {
-  std::unique_ptr<UNet2DConditionModel> unet;
+  std::unique_ptr<Layer> model;
   Inputs inputs;
   std::unique_ptr<GraphRunner> runner;
   std::vector<Tensor> outputs;
@@ -82,13 +82,46 @@ jit::CompileOptions CompileOptionsOf(const Command& command) {
   return options;
 }
 
+// The class that the config.json of a folder names.
+std::string ClassOf(const std::filesystem::path& folder) {
+  const std::filesystem::path path = folder / "config.json";
+  const Json config = Json::parse(ReadFile(path, 1 << 20), nullptr, /*allow_exceptions=*/false);
+  Check<FileError>(config.is_object(), "{}: not a JSON object", path.string());
+  for (const char* type : {"AutoencoderKL", "CLIPTextModel"}) {
+    if (config.value("_class_name", Json()) == type) return type;
+    if (config.value("architectures", Json()) == Json::array({type})) return type;
+  }
+  return "UNet2DConditionModel";
+}
+
 Session Open(const Command& command) {
   Session session;
-  Backend backend = ParseBackend(command.backend);
-  session.inputs = ReadInputs(command.inputs);
-  session.load_seconds = TimeCall([&] { session.unet = LoadUNet(command.model); }).wall;
-  session.unet->SetTrainingMode(false);
-  ComputationGraph graph = session.unet->Export(session.inputs.declared);
+  const Backend backend = ParseBackend(command.backend);
+  const std::string type = ClassOf(command.model);
+  ComputationGraph graph;
+  auto load = [&](auto loader) {
+    decltype(loader(command.model)) model;
+    session.load_seconds = TimeCall([&] { model = loader(command.model); }).wall;
+    model->SetTrainingMode(false);
+    auto* result = model.get();
+    session.model = std::move(model);
+    return result;
+  };
+  auto input = [&] {
+    return graph.Input(session.inputs.declared[0].name, session.inputs.declared[0].type);
+  };
+  if (type == "AutoencoderKL") {
+    session.inputs = ReadInputs(command.inputs, {"latents"}, 0);
+    graph.Output("out", load(LoadAutoencoderKL)->Decode(input()));
+  } else if (type == "CLIPTextModel") {
+    session.inputs = ReadInputs(command.inputs, {"input_ids"}, 0);
+    graph.Output("out", load(LoadCLIPTextModel)->Call(input()));
+  } else {
+    session.inputs =
+        ReadInputs(command.inputs,
+                   {"sample", "timestep", "encoder_hidden_states", "encoder_attention_mask"}, 1);
+    graph = load(LoadUNet)->Export(session.inputs.declared);
+  }
   session.flop = CountFlop(graph);
   session.runner =
       std::make_unique<GraphRunner>(std::move(graph), backend, CompileOptionsOf(command));
@@ -150,12 +183,14 @@ void Run(const Command& command) {
 }  // namespace
 
 void AddUNet(CLI::App& app, Selected& selected) {
-  CLI::App* unet = app.add_subcommand("unet", "Run a diffusers U-Net folder on given tensors");
+  CLI::App* unet = app.add_subcommand("unet", "Run a diffusers model folder on given tensors");
   unet->footer(
       "Example: calotype unet --model run/unet --inputs in.safetensors --output out.safetensors\n"
       "Inputs: sample [B, C, H, W], timestep [B] or [1], encoder_hidden_states [B, S, D], and if "
       "wanted\n"
-      "encoder_attention_mask [B, S]. Output: out [B, C, H, W].");
+      "encoder_attention_mask [B, S]. Output: out [B, C, H, W].\n"
+      "Also the folder of an AutoencoderKL (input latents, output the decoded picture) or of a\n"
+      "CLIPTextModel (input input_ids, output last_hidden_state).");
   auto command = std::make_shared<Command>();
   unet->add_option("-m,--model", command->model, "Folder with config.json and the weights")
       ->required();

@@ -302,7 +302,8 @@ void DiffusionModel::Save(const fs::path& folder) {
     SaveAutoencoderKL(folder / "vae", *vae_);
     index["vae"] = {"diffusers", "AutoencoderKL"};
   }
-  WriteFile(make("scheduler") / "scheduler_config.json", ToJson(scheduler_));
+  WriteFile(make("scheduler") / "scheduler_config.json",
+            scheduler_json_.empty() ? ToJson(scheduler_) : scheduler_json_);
   index["scheduler"] = {"diffusers", scheduler_.type};
   if (stable_diffusion()) {
     index["safety_checker"] = index["feature_extractor"] = {nullptr, nullptr};

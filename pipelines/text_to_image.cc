@@ -10,6 +10,7 @@
 #include "diffusion/guidance.h"
 #include "diffusion/sampler_names.h"
 #include "diffusion/scheduler.h"
+#include "pipelines/init_image.h"
 
 namespace calotype {
 namespace {
@@ -52,9 +53,11 @@ class NoiseSource {
       for (uint64_t seed : seeds) torch_.emplace_back(seed);
     }
   }
+  // True if all pictures draw from one stream.
+  bool shared() const { return torch_.size() == 1; }
   // [pictures, C, H, W]
   Tensor Normal(const Shape& shape) {
-    if (torch_.size() == 1) return torch_[0].NormalTensor(shape);
+    if (shared()) return torch_[0].NormalTensor(shape);
     std::vector<Tensor> pictures;
     for (Random& random : philox_) pictures.push_back(random.NormalTensor(shape.With(0, 1)));
     for (TorchRandom& random : torch_) pictures.push_back(random.NormalTensor(shape.With(0, 1)));
@@ -90,6 +93,22 @@ void CheckOptions(const DiffusionModel& model, const GenerateOptions& o) {
           model.factor());
   }
   Check(o.batch_size >= 1, "generate: the batch size is {}, must be at least 1", o.batch_size);
+  Check(o.init_image || (!o.mask_image && !o.strength),
+        "generate: a mask or a strength has no effect without a picture to start from");
+  if (o.mask_image) {
+    Check(
+        o.mask_image->width == o.init_image->width && o.mask_image->height == o.init_image->height,
+        "generate: the mask is {} x {}, the picture to start from {} x {}", o.mask_image->width,
+        o.mask_image->height, o.init_image->width, o.init_image->height);
+  }
+  if (o.init_image) {
+    Check(*o.strength >= 0 && *o.strength <= 1, "generate: the strength is {}, must be in [0, 1]",
+          *o.strength);
+    Check(FirstStep(o.steps, *o.strength) < o.steps,
+          "generate: a strength of {} leaves none of {} steps", *o.strength, o.steps);
+  }
+  Check(!model.takes_mask() || o.mask_image,
+        "generate: this model is made for inpainting; give it a picture and a mask");
   Check(!o.hooks.denoise || !o.hooks.key.empty(), "generate: hooks that build need a key");
 }
 
@@ -221,6 +240,14 @@ Tensor TextToImagePipeline::Decode(const Tensor& latents) {
   return decoder.Run(std::vector{latents})[0];
 }
 
+Tensor TextToImagePipeline::EncodePicture(const Tensor& picture, const Tensor& noise) {
+  const int64_t height = noise.shape()[2], width = noise.shape()[3];
+  GraphRunner& encoder = Runner(
+      picture_encoders_, Sides{height, width}, kMostOthers,
+      [&] { return LatentEncoderGraph(model_, height, width); }, compile_);
+  return encoder.Run(std::vector{picture, noise})[0];
+}
+
 std::vector<PictureContext> TextToImagePipeline::EncodePrompts(const GenerateOptions& options,
                                                                const GenerateCallbacks& callbacks) {
   std::vector<PictureContext> contexts;
@@ -247,7 +274,8 @@ Tensor TextToImagePipeline::Generate(const GenerateOptions& given,
   CheckOptions(model_, options);
   auto scheduler = MakeScheduler(model_.SchedulerFor(options.sampler), {.eta = options.eta});
   scheduler->SetTimesteps(options.steps);
-  const int64_t calls = scheduler->size();
+  const int64_t calls =
+      scheduler->size() - (options.init_image ? FirstStep(options.steps, *options.strength) : 0);
 
   auto context = options.context;
   if (!context) {
@@ -312,38 +340,81 @@ Tensor TextToImagePipeline::GenerateBatch(
   NoiseSource noise(options.rng,
                     std::span(options.seeds).subspan(batch.begin, batch.end - batch.begin));
 
-  Tensor x = LinearCombination({{scheduler->init_noise_sigma(), noise.Normal(shape)}});
-  const int64_t steps = scheduler->size();
+  // The numbers are drawn in the order of diffusers' pipelines.
+  const bool inpaint = options.mask_image.has_value();
+  InitImage init;
+  Tensor clean, masked, start;  // samples of the picture and the masked one; the first noise
+  Tensor x;
+  int64_t first = 0;
+  if (options.init_image) {
+    init = PrepareInitImage(*options.init_image, options.mask_image, options.width, options.height,
+                            model_.factor());
+    auto encode = [&](const Tensor& picture) {
+      std::vector<Tensor> samples(static_cast<size_t>(shape[0]), picture);
+      if (!model_.vae()) return Stack(samples);
+      const Tensor drawn = noise.Normal(noise.shared() ? shape.With(0, 1) : shape);
+      for (int64_t b = 0; b < shape[0]; ++b) {
+        if (b > 0 && noise.shared()) {
+          samples[static_cast<size_t>(b)] = samples[0];
+        } else {
+          samples[static_cast<size_t>(b)] =
+              EncodePicture(picture, Row(drawn, b).Reshape(shape.With(0, 1)));
+        }
+      }
+      return Stack(samples);
+    };
+    const bool from_noise = inpaint && *options.strength == 1;
+    first = FirstStep(options.steps, *options.strength);
+    if (!from_noise || !model_.takes_mask()) clean = encode(init.picture);
+    start = noise.Normal(shape);
+    if (!from_noise) x = scheduler->AddNoise(clean, start, first);
+    if (model_.takes_mask()) {
+      masked = encode(init.masked_picture);
+    } else if (inpaint && model_.vae()) {
+      noise.Normal(noise.shared() ? shape.With(0, 1) : shape);  // encoded there, but not used
+    }
+  } else {
+    start = noise.Normal(shape);
+  }
+  if (!x.defined()) x = LinearCombination({{scheduler->init_noise_sigma(), start}});
+
+  const int64_t steps = scheduler->size() - first;
   int64_t tokens = 0;
-  for (int64_t i = 0; i < steps; ++i) {
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t i = first + step;
     Check<CancelledError>(!callbacks.cancelled || !callbacks.cancelled(), "sampling was cancelled");
     std::vector<PictureContext> contexts;
     for (size_t picture = batch.begin; picture < batch.end; ++picture) {
-      PictureContext one = context(picture, i, steps);
+      PictureContext one = context(picture, step, steps);
       CheckContext(one, model_.context_width(), batch.guided);
       const int64_t length = one.positive[0].shape()[0];
       if (tokens == 0) tokens = length;
       Check(one.positive.size() == batch.positives && length == tokens,
             "generate: picture {} has {} contexts of {} tokens at step {}, before {} of {}",
-            picture, one.positive.size(), length, i, batch.positives, tokens);
+            picture, one.positive.size(), length, step, batch.positives, tokens);
       contexts.push_back(std::move(one));
     }
     GraphRunner& unet = UNet({batch.rows(), shape[2], shape[3], tokens}, batch, hooks);
 
-    const Tensor input = scheduler->ScaleModelInput(x, i);
+    Tensor input = scheduler->ScaleModelInput(x, i);
+    if (model_.takes_mask()) input = JoinMask(input, init.mask, masked);
     std::vector<Tensor> rows(batch.positives + (batch.guided ? 1 : 0), input);
     std::vector<Tensor> inputs{
         rows.size() == 1 ? input : Stack(rows),
         Tensor::Full({batch.rows()}, static_cast<float>(scheduler->timesteps()[i])),
         ContextRows(contexts, batch)};
     if (hooks.inputs) {
-      for (Tensor& more : hooks.inputs(batch, i)) inputs.push_back(std::move(more));
+      for (Tensor& more : hooks.inputs(batch, step)) inputs.push_back(std::move(more));
     }
     const std::vector<Tensor> outputs = unet.Run(inputs);
-    if (hooks.outputs) hooks.outputs(batch, i, std::span(outputs).subspan(1));
+    if (hooks.outputs) hooks.outputs(batch, step, std::span(outputs).subspan(1));
     const Tensor output = Guide(outputs[0], batch, contexts, guidance);
     x = scheduler->Step(output, i, x, scheduler->NeedsNoise(i) ? noise.Normal(shape) : Tensor());
-    if (hooks.after_step) x = hooks.after_step(batch, i, x);
+    if (inpaint && !model_.takes_mask()) {
+      x = BlendByMask(init.mask, x,
+                      step + 1 < steps ? scheduler->AddNoise(clean, start, i + 1) : clean);
+    }
+    if (hooks.after_step) x = hooks.after_step(batch, step, x);
     count(steps);
   }
   return x;
@@ -359,8 +430,14 @@ int64_t TextToImagePipeline::context_runs() const {
 
 GenerateOptions Resolved(const DiffusionModel& model, GenerateOptions o) {
   if (!o.guidance_scale) o.guidance_scale = model.stable_diffusion() ? 7.5 : 1;
-  if (o.width == 0) o.width = model.side();
-  if (o.height == 0) o.height = model.side();
+  const int64_t factor = model.factor();
+  auto size = [&](int64_t given, int64_t picture) {
+    if (given != 0) return given;
+    return o.init_image ? std::max(picture / factor * factor, factor) : model.side();
+  };
+  o.width = size(o.width, o.init_image ? o.init_image->width : 0);
+  o.height = size(o.height, o.init_image ? o.init_image->height : 0);
+  if (o.init_image && !o.strength) o.strength = o.mask_image ? 1.0 : 0.8;
   if (o.batch_size == 0) o.batch_size = model.factor() > 1 ? 1 : 64;
   return o;
 }
@@ -373,6 +450,7 @@ std::string GenerationParameters(const DiffusionModel& model, const GenerateOpti
   text += fmt::format("Steps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, ", o.steps,
                       SamplerTitle(model.SchedulerFor(o.sampler)), *o.guidance_scale,
                       o.seeds[index], o.width, o.height);
+  if (o.strength) text += fmt::format("Denoising strength: {}, ", *o.strength);
   if (o.clip_skip > 0) text += fmt::format("Clip skip: {}, ", o.clip_skip + 1);
   if (o.rng != "philox") text += "RNG: CPU, ";
   return text + "Version: calotype " CALOTYPE_VERSION;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/tensor.h"
+#include "io/image.h"
 #include "jit/compile.h"
 #include "pipelines/diffusion_model.h"
 #include "pipelines/graph_runner.h"
@@ -76,6 +77,14 @@ struct GenerateOptions {
   int64_t width = 0, height = 0;  // pixels; 0: the model's. Multiples of DiffusionModel::factor()
   int64_t batch_size = 0;         // pictures computed together; 0: 64, for latents 1
 
+  // Image to image: start from this picture, resized to width x height, if those are 0 to its own
+  // size rounded down. With a mask of its size, only where that is white (inpainting): a U-Net that
+  // takes the mask sees it, for others the rest of the sample is put back after each step.
+  std::optional<Image> init_image, mask_image;
+  // Share of the steps that are taken, 0 to 1; none: 0.8, with a mask 1. At 1 and with a mask the
+  // picture has no influence where it is drawn anew.
+  std::optional<double> strength;
+
   // Ready embeddings in place of the prompts: of a picture (index into prompts) at a step of
   // `steps` (the U-Net's calls). The number of positive contexts of a picture and their length must
   // be the same at all steps; pictures that differ in them are computed one after the other.
@@ -113,8 +122,10 @@ class TextToImagePipeline {
 
   // Text embeddings [B, L, D] of token rows (DiffusionModel::Tokens).
   Tensor Encode(const Tensor& tokens, int64_t clip_skip = 0);
-  // A picture [1, 3, height, width] of latents [1, C, h, w]; errors without an autoencoder.
+  // A picture [1, 3, height, width] of latents [1, C, h, w], and latents of a picture and noise of
+  // their shape, as LatentEncoderGraph says. Errors: ValueError without an autoencoder.
   Tensor Decode(const Tensor& latents);
+  Tensor EncodePicture(const Tensor& picture, const Tensor& noise);
 
   DiffusionModel& model() { return model_; }
   double compile_seconds() const { return compile_seconds_; }  // so far
@@ -143,7 +154,8 @@ class TextToImagePipeline {
   int64_t context_runs_ = 0;  // of U-Nets that are no longer kept
   using Sides = std::pair<int64_t, int64_t>;
   std::map<Sides, std::unique_ptr<GraphRunner>> encoders_;  // by batch and clip skip
-  std::map<Sides, std::unique_ptr<GraphRunner>> decoders_;  // by height and width of the latents
+  // By height and width of the latents.
+  std::map<Sides, std::unique_ptr<GraphRunner>> decoders_, picture_encoders_;
   std::map<std::pair<UNetShape, std::string>, std::unique_ptr<GraphRunner>> unets_;
 };
 
@@ -152,7 +164,8 @@ GenerateOptions Resolved(const DiffusionModel& model, GenerateOptions options);
 
 // The text of a PNG's `parameters` chunk as other programs write it: the prompt, the negative
 // prompt, then "Steps: 25, Sampler: DDIM, CFG scale: 1, Seed: 7, Size: 16x16, Version: calotype
-// 0.1.0", with "Clip skip: 2, " for a clip_skip of 1 and "RNG: CPU, " for PyTorch's numbers.
+// 0.1.0", with "Denoising strength: 0.8, " for image to image, "Clip skip: 2, " for a clip_skip of
+// 1 and "RNG: CPU, " for PyTorch's numbers.
 std::string GenerationParameters(const DiffusionModel& model, const GenerateOptions& options,
                                  size_t index);
 

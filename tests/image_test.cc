@@ -9,7 +9,9 @@
 #include "core/random.h"
 #include "io/file.h"
 #include "io/image.h"
+#include "io/jpeg.h"
 #include "io/png.h"
+#include "io/resample.h"
 #include "tests/expect_error.h"
 #include "tests/png_builder.h"
 #include "tests/random_image.h"
@@ -319,6 +321,79 @@ TEST(Image, ResizeAndCropTakesTheCentre) {
   EXPECT_EQ(half.rgb, std::vector<uint8_t>(60, 9));
   EXPECT_EQ(ResizeAndCrop(left, 4).rgb[3 * 3], Resize(left, 5, 4).rgb[3 * 3]);
   EXPECT_EQ(ResizeAndCrop(Image{1, 3, {0, 0, 0, 50, 50, 50, 0, 0, 0}}, 1).rgb[0], 50);
+}
+
+// ---------------------------------------------------------------- JPEG and Pillow's arithmetic
+// fixtures/pictures/make.py says how Pillow made the files.
+
+std::filesystem::path PictureFixture(const std::string& name) {
+  return std::filesystem::path(CALOTYPE_TEST_DATA) / "fixtures/pictures" / name;
+}
+
+TEST(JpegTest, ReadsWhatPillowReads) {
+  for (const char* name : {"baseline", "progressive", "gray", "cmyk"}) {
+    SCOPED_TRACE(name);
+    const Image jpeg = ReadJpeg(PictureFixture(fmt::format("{}.jpg", name)));
+    const Image expected = ReadPng(PictureFixture(fmt::format("{}.png", name)));
+    ASSERT_EQ(jpeg.width, 37);
+    ASSERT_EQ(jpeg.height, 29);
+    EXPECT_EQ(jpeg, expected);
+    EXPECT_EQ(ReadPicture(PictureFixture(fmt::format("{}.jpg", name))), expected);
+  }
+  EXPECT_EQ(ReadPicture(PictureFixture("source.png")), ReadPng(PictureFixture("source.png")));
+}
+
+TEST(JpegTest, DamagedFilesAreErrors) {
+  TempFolder folder;
+  for (const char* name : {"baseline.jpg", "progressive.jpg", "cmyk.jpg"}) {
+    const std::string bytes = ReadFile(PictureFixture(name));
+    // Every prefix lacks something, down to the marker of the end.
+    for (size_t size = 0; size < bytes.size(); ++size) {
+      SCOPED_TRACE(fmt::format("{} cut to {} bytes", name, size));
+      EXPECT_THAT(MessageOf<FileError>([&] { DecodeJpeg(bytes.substr(0, size), "a.jpg"); }),
+                  HasSubstr("a.jpg"));
+    }
+    // Changed bytes give an error or a picture of the size that the header says; never more.
+    Random random(1);
+    for (int i = 0; i < 400; ++i) {
+      std::string damaged = bytes;
+      damaged[static_cast<size_t>(random.Integer(static_cast<int64_t>(bytes.size())))] =
+          static_cast<char>(random.Integer(256));
+      try {
+        CheckImage(DecodeJpeg(damaged, "a.jpg"), "damaged");
+      } catch (const FileError&) {
+      }
+    }
+  }
+  folder.Write("text.jpg", "no picture");
+  EXPECT_THAT(MessageOf<FileError>([&] { ReadPicture(folder / "text.jpg"); }),
+              AllOf(HasSubstr("text.jpg"), HasSubstr("neither")));
+  EXPECT_THAT(MessageOf<FileError>([&] { ReadJpeg(PictureFixture("source.png")); }),
+              HasSubstr("not a JPEG"));
+  // 65,500 x 65,500 pixels in the header: no memory is taken for them.
+  std::string huge = ReadFile(PictureFixture("baseline.jpg"));
+  const size_t frame = huge.find("\xff\xc0");
+  ASSERT_NE(frame, huge.npos);
+  for (size_t k : {5, 7}) huge[frame + k] = '\xff', huge[frame + k + 1] = '\xdc';
+  EXPECT_THAT(MessageOf<FileError>([&] { DecodeJpeg(huge, "a.jpg"); }), HasSubstr("65500"));
+}
+
+TEST(ResampleTest, LanczosIsPillowsToTheByte) {
+  const Image noise = ReadPng(PictureFixture("noise.png"));
+  for (auto [width, height] : {std::pair{64, 40}, {16, 23}, {31, 7}, {5, 3}}) {
+    EXPECT_EQ(ResizeLanczos(noise, width, height),
+              ReadPng(PictureFixture(fmt::format("noise-{}x{}.png", width, height))))
+        << width << " x " << height;
+  }
+  EXPECT_EQ(ResizeLanczos(noise, noise.width, noise.height), noise);
+  EXPECT_THROW(ResizeLanczos(noise, 0, 3), ValueError);
+}
+
+TEST(ResampleTest, LuminanceIsPillows) {
+  const Image gray = ReadPng(PictureFixture("luminance.png"));
+  const std::vector<uint8_t> values = Luminance(ReadPng(PictureFixture("source.png")));
+  ASSERT_EQ(values.size() * 3, gray.rgb.size());
+  for (size_t i = 0; i < values.size(); ++i) ASSERT_EQ(values[i], gray.rgb[3 * i]) << i;
 }
 
 }  // namespace
