@@ -103,6 +103,8 @@ Value PhiloxUniform(Value seed, const Shape& shape, int64_t stream);
 
 // --- Composites.
 Value StopGradient(Value x);
+// y = x, but operations on y are not merged with equal ones on x, nor fused into what computes x.
+Value Barrier(Value x);
 // Nearest-neighbour resize of [B, C, H, W]: y[.., i, j] = x[.., floor(i H / h), floor(j W / w)].
 Value ResizeNearest(Value x, int64_t height, int64_t width);
 Value AvgPool2x2(Value x);

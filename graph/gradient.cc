@@ -1,5 +1,7 @@
 // Reverse-mode differentiation: walks the nodes backwards and emits each op's gradient rule.
+#include <map>
 #include <memory>
+#include <vector>
 
 #include "core/error.h"
 #include "graph/functions.h"
@@ -42,6 +44,53 @@ Value SumOf(const Value& x, const Value& y) {
   return joined.defined() ? joined : Add(x, y);
 }
 
+// The values that gradient rules read. Those of a segment are computed again behind barriers, when
+// the walk first reaches the segment, so that they stand behind the gradients of what follows.
+class Recomputation {
+ public:
+  explicit Recomputation(ComputationGraph& graph) : graph_(graph), again_(graph.nodes().size()) {
+    for (size_t i = 0; i < again_.size(); ++i) {
+      const int32_t segment = graph.node(static_cast<int32_t>(i)).segment;
+      if (segment >= 0) segments_[segment].push_back(static_cast<int32_t>(i));
+    }
+  }
+
+  // To be called for each node before its rule.
+  void Reach(int32_t node) {
+    auto segment = segments_.find(graph_.node(node).segment);
+    if (segment == segments_.end()) return;
+    const std::vector<int32_t> nodes = std::move(segment->second);
+    segments_.erase(segment);
+    for (int32_t index : nodes) {
+      const ComputationNode original = graph_.node(index);  // the vector may grow
+      if (original.op->kind == OpKind::kLeaf) continue;
+      std::vector<Value> inputs;
+      for (ValueId id : original.inputs) inputs.push_back(Read(original, id));
+      graph_.SetLabel(graph_.label_of(index));
+      again_[index] = graph_.Emit(*original.op, inputs, original.attrs);
+    }
+  }
+
+  // Input `id` of `reader`, and output `id` itself.
+  Value Read(const ComputationNode& reader, ValueId id) const {
+    const Value value = Result(id);
+    const ComputationNode& node = graph_.node(id.node);
+    const bool outside = reader.segment >= 0 && node.segment != reader.segment;
+    // What depends on parameters alone is computed once in any case.
+    const bool constant = node.op == &kParameterOp || node.op == &kConstantOp;
+    return outside && !constant ? Barrier({&graph_, id}) : value;
+  }
+  Value Result(ValueId id) const {
+    const std::vector<Value>& again = again_[id.node];
+    return again.empty() ? Value{&graph_, id} : again[id.output];
+  }
+
+ private:
+  ComputationGraph& graph_;
+  std::map<int32_t, std::vector<int32_t>> segments_;  // those not reached yet
+  std::vector<std::vector<Value>> again_;             // by first node
+};
+
 }  // namespace
 
 std::vector<Value> Gradients(std::span<const Value> outputs, std::span<const Value> doutputs,
@@ -61,6 +110,7 @@ std::vector<Value> Gradients(std::span<const Value> outputs, std::span<const Val
     }
   }
 
+  Recomputation recomputation(graph);
   std::vector<std::vector<Value>> cotangents(count);
   auto accumulate = [&](ValueId id, Value value) {
     auto& slots = cotangents[id.node];
@@ -92,10 +142,11 @@ std::vector<Value> Gradients(std::span<const Value> outputs, std::span<const Val
     const std::string label = graph.label_of(static_cast<int32_t>(i));
     Check<UnsupportedError>(node.op->gradient != nullptr,
                             "gradients: op {} at \"{}\" has no gradient", node.op->name, label);
+    recomputation.Reach(static_cast<int32_t>(i));
     std::vector<Value> inputs, results;
-    for (ValueId id : node.inputs) inputs.push_back({&graph, id});
+    for (ValueId id : node.inputs) inputs.push_back(recomputation.Read(node, id));
     for (size_t o = 0; o < node.types.size(); ++o) {
-      results.push_back({&graph, {static_cast<int32_t>(i), static_cast<int32_t>(o)}});
+      results.push_back(recomputation.Result({static_cast<int32_t>(i), static_cast<int32_t>(o)}));
     }
     graph.SetLabel(label);
     std::vector<Value> dinputs = node.op->gradient(

@@ -51,6 +51,7 @@ ComputationGraph::ComputationGraph() { labels_.push_back(""); }
 
 int32_t ComputationGraph::Add(ComputationNode node) {
   node.label = current_label_;
+  node.segment = current_segment_;
   nodes_.push_back(std::move(node));
   return static_cast<int32_t>(nodes_.size()) - 1;
 }
@@ -193,6 +194,15 @@ ComputationGraph::Label::Label(ComputationGraph& graph, std::string_view part)
 }
 
 ComputationGraph::Label::~Label() { graph_.current_label_ = previous_; }
+
+ComputationGraph::Segment::Segment(ComputationGraph& graph, bool enabled)
+    : graph_(enabled && graph.current_segment_ < 0 ? &graph : nullptr) {
+  if (graph_) graph_->current_segment_ = graph_->segments_++;
+}
+
+ComputationGraph::Segment::~Segment() {
+  if (graph_) graph_->current_segment_ = -1;
+}
 
 ComputationGraph Rebuild(const ComputationGraph& graph, Rewrite rewrite) {
   const auto& nodes = graph.nodes();

@@ -57,6 +57,7 @@ struct ComputationNode {
   Attrs attrs;
   std::vector<TensorType> types;  // one for each output
   int32_t label = 0;              // index into ComputationGraph::labels()
+  int32_t segment = -1;           // see ComputationGraph::Segment
 
   // Payload of leaves; empty otherwise.
   std::string name;        // Input: its declared name
@@ -128,6 +129,18 @@ class ComputationGraph {
     ComputationGraph& graph_;
     int32_t previous_;
   };
+  // Gradient checkpointing: Gradients computes the nodes emitted during its life again, from the
+  // values that they read from outside, instead of reading the first results, so that these need
+  // not be kept. Inside another segment, or with enabled = false, it does nothing. Passes forget it.
+  class Segment {
+   public:
+    explicit Segment(ComputationGraph& graph, bool enabled = true);
+    ~Segment();
+    Segment(const Segment&) = delete;
+
+   private:
+    ComputationGraph* graph_;  // null: does nothing
+  };
   const std::string& label(int32_t index) const { return labels_[index]; }
   const std::string& label_of(int32_t node) const { return labels_[nodes_[node].label]; }
   // For passes that copy nodes: labels the next nodes with exactly this path.
@@ -143,6 +156,7 @@ class ComputationGraph {
   std::vector<GraphUpdate> updates_;
   std::vector<std::string> labels_;
   int32_t current_label_ = 0;
+  int32_t current_segment_ = -1, segments_ = 0;
   std::unordered_multimap<uint64_t, int32_t> by_hash_;
 };
 

@@ -1,5 +1,7 @@
 #include "graph/interpreter.h"
 
+#include <algorithm>
+
 #include "core/error.h"
 #include "graph/op.h"
 
@@ -151,6 +153,38 @@ std::vector<Tensor> Interpreter::Run(std::span<const Tensor> inputs) {
     nodes[graph_.updates()[u].target.node].parameter->Write().CopyFrom(sources[u]);
   }
   return outputs;
+}
+
+int64_t Interpreter::PeakBytes() const {
+  const auto& nodes = graph_.nodes();
+  // Where the storage of a value comes from, and how many values still read it.
+  std::vector<std::vector<ValueId>> roots(nodes.size());
+  std::vector<std::vector<int>> readers(nodes.size());
+  auto bytes = [&](ValueId id) {
+    const TensorType& type = graph_.type(id);
+    return type.shape.elements() * DTypeSize(type.dtype);
+  };
+  int64_t live = 0, peak = 0;
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    const ComputationNode& node = nodes[i];
+    readers[i].assign(node.types.size(), 0);
+    for (size_t o = 0; o < node.types.size(); ++o) {
+      bool shares = node.op->shares_storage;
+      ValueId root = shares ? roots[node.inputs[0].node][node.inputs[0].output]
+                            : ValueId{static_cast<int32_t>(i), static_cast<int32_t>(o)};
+      roots[i].push_back(root);
+      if (!needed_[i]) continue;
+      ++readers[root.node][root.output];
+      if (!shares && node.op->kind != OpKind::kLeaf) live += bytes(root);
+    }
+    peak = std::max(peak, live);
+    for (ValueId id : free_after_[i]) {
+      ValueId root = roots[id.node][id.output];
+      if (--readers[root.node][root.output] == 0 && nodes[root.node].op->kind != OpKind::kLeaf)
+        live -= bytes(root);
+    }
+  }
+  return peak;
 }
 
 std::vector<Tensor> Interpreter::RunReference(std::span<const Tensor> inputs,

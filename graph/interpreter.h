@@ -25,6 +25,10 @@ class Interpreter {
   std::vector<Tensor> RunReference(std::span<const Tensor> inputs,
                                    std::span<const Tensor> parameters = {}) const;
 
+  // The most bytes that results of operations take at one time of Run; without inputs, parameters
+  // and constants, and without what kernels take for themselves.
+  int64_t PeakBytes() const;
+
  private:
   const ComputationGraph& graph_;
   std::vector<std::vector<ValueId>> free_after_;  // values whose last reader is this node

@@ -1,5 +1,5 @@
 // Views: ops that only move elements. Reshape, Permute, Broadcast, Slice, Pad, Concat,
-// StopGradient.
+// StopGradient, Barrier.
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -12,7 +12,8 @@
 
 namespace calotype {
 
-extern const Op kReshapeOp, kPermuteOp, kBroadcastOp, kSliceOp, kPadOp, kConcatOp, kStopGradientOp;
+extern const Op kReshapeOp, kPermuteOp, kBroadcastOp, kSliceOp, kPadOp, kConcatOp, kStopGradientOp,
+    kBarrierOp;
 
 namespace {
 
@@ -64,6 +65,10 @@ std::vector<OpSample> SamplesReshape() {
 std::vector<TensorType> InferSame(const InferContext& context) { return {context.inputs[0]}; }
 
 std::vector<Value> GradientNone(const GradientContext&) { return {Value{}}; }
+
+std::vector<Value> GradientBarrier(const GradientContext& context) {
+  return {context.doutputs[0]};
+}
 
 std::vector<OpSample> SamplesStop() { return {MakeSample({3, 5}, {})}; }
 
@@ -304,6 +309,18 @@ const Op kStopGradientOp{.name = "StopGradient",
                          .gradient = GradientNone,
                          .samples = SamplesStop,
                          .shares_storage = true};
+const Op kBarrierOp{.name = "Barrier",
+                    .kind = OpKind::kView,
+                    .min_arity = 1,
+                    .max_arity = 1,
+                    .doc = "y = x; operations on y are not merged with equal ones on x",
+                    .source = "",
+                    .infer = InferSame,
+                    .run = RunReshape,
+                    .reference = RunReshape,
+                    .gradient = GradientBarrier,
+                    .samples = SamplesStop,
+                    .shares_storage = true};
 const Op kPermuteOp{.name = "Permute",
                     .kind = OpKind::kView,
                     .min_arity = 1,
@@ -366,6 +383,7 @@ Value Reshape(Value x, const Shape& shape) {
 }
 
 Value StopGradient(Value x) { return x.graph->EmitOne(kStopGradientOp, {x}); }
+Value Barrier(Value x) { return x.graph->EmitOne(kBarrierOp, {x}); }
 
 Value Permute(Value x, std::vector<int64_t> axes) {
   Ints identity(x.rank());

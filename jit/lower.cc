@@ -177,7 +177,7 @@ View Lowering::ViewOf(ValueId value) {
     return *Location(value);
   }
   View x = ViewOf(node.inputs[0]);
-  if (node.op == &kStopGradientOp) return x;
+  if (node.op == &kStopGradientOp || node.op == &kBarrierOp) return x;
   if (node.op == &kPermuteOp) return PermuteView(x, node.attrs.Ints("axes"));
   if (node.op == &kBroadcastOp) return BroadcastView(x, shape);
   auto apply = [&](const View& from) {

@@ -102,8 +102,9 @@ void Groups::FindTraces() {
     for (int o = 0; o < count; ++o) traces_[i].push_back({{static_cast<int32_t>(i), o}, true});
     if (!IsTransparent(nodes[i])) continue;
     Trace trace = TraceOf(nodes[i].inputs[0]);
-    trace.bijective = trace.bijective && graph_.type(nodes[i].inputs[0]).shape.elements() ==
-                                             nodes[i].types[0].shape.elements();
+    trace.bijective =
+        trace.bijective && nodes[i].op != &kBarrierOp &&
+        graph_.type(nodes[i].inputs[0]).shape.elements() == nodes[i].types[0].shape.elements();
     traces_[i] = {trace};
   }
 }

@@ -16,7 +16,7 @@ namespace calotype::jit {
 // A value followed back through views to the value that holds its data.
 struct Trace {
   ValueId root;
-  bool bijective = true;  // every element of the root occurs exactly once
+  bool bijective = true;  // every element of the root occurs exactly once, and no barrier between
 };
 
 struct Group {

@@ -19,7 +19,7 @@ inline bool IsLeaf(const ComputationNode& node) { return node.op->kind == OpKind
 inline bool IsTransparent(const ComputationNode& node) {
   const Op* op = node.op;
   return op == &kReshapeOp || op == &kPermuteOp || op == &kBroadcastOp || op == &kSliceOp ||
-         op == &kStopGradientOp;
+         op == &kStopGradientOp || op == &kBarrierOp;
 }
 inline bool IsElementwise(const ComputationNode& node) {
   return node.op->kind == OpKind::kElementwise || node.op == &kCastOp;

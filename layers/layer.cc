@@ -63,6 +63,11 @@ void Layer::SetTrainingMode(bool training) {
   for (const auto& layer : layers_) layer->SetTrainingMode(training);
 }
 
+void Layer::SetRecompute(bool recompute) {
+  recompute_ = recompute;
+  Changed();
+}
+
 uint64_t Layer::StateKey() const {
   uint64_t key = 1469598103934665603u;
   auto add = [&](uint64_t value) { key = (key ^ value) * 1099511628211u; };
@@ -295,6 +300,7 @@ Value Layer::Call(std::initializer_list<Value> inputs) {
   std::span<const Value> span(inputs.begin(), inputs.size());
   Value first = Required(span, 0, "first input");
   ComputationGraph::Label label(*first.graph, name_);
+  ComputationGraph::Segment segment(*first.graph, recompute_ && training_);
   return ExportComputationGraph(*first.graph, span).at(0);
 }
 

@@ -125,6 +125,10 @@ class Layer {
   // Set for all sub-layers too.
   void SetTrainingMode(bool training);
   bool training() const { return training_; }
+  // Gradient checkpointing of what this layer computes inside another one (through Call): its inner
+  // values are computed again for the gradients instead of being kept. See
+  // ComputationGraph::Segment.
+  void SetRecompute(bool recompute);
   // True if Backward works, that is: every op of the layer has a gradient.
   virtual bool SupportsTraining() const { return true; }
   // True if the exported graph can be compiled; every op of this library can.
@@ -191,7 +195,7 @@ class Layer {
 
   std::string_view type_;
   std::string name_, path_;
-  bool training_ = true;
+  bool training_ = true, recompute_ = false;
   uint64_t revision_ = 0;
   std::vector<Declaration> parameters_;
   std::vector<std::unique_ptr<Layer>> layers_;

@@ -143,6 +143,15 @@ std::vector<Value> UNet2DConditionModel::ExportComputationGraph(ComputationGraph
   return {conv_out_->Call(Activate(config_.act_fn, conv_norm_out_->Call(x)))};
 }
 
+void UNet2DConditionModel::EnableGradientCheckpointing(bool enable) {
+  auto visit = [enable](auto&& self, Layer& layer) -> void {
+    if (layer.type() == "ResnetBlock2D" || layer.type() == "Transformer2DModel")
+      layer.SetRecompute(enable);
+    for (const auto& child : layer.layers()) self(self, *child);
+  };
+  visit(visit, *this);
+}
+
 void UNet2DConditionModel::SetFreeU(const std::optional<FreeU>& freeu) {
   freeu_ = freeu;
   Changed();

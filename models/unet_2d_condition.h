@@ -40,6 +40,9 @@ class UNet2DConditionModel : public Layer {
     double s1 = 1, s2 = 1, b1 = 1, b2 = 1;
   };
   void SetFreeU(const std::optional<FreeU>& freeu);
+  // Gradient checkpointing: for gradients, the inner values of every resnet and every transformer
+  // are computed again instead of being kept. The same gradients, more time, less memory.
+  void EnableGradientCheckpointing(bool enable = true);
   // Number of values that go from the down path to the up path.
   size_t skips() const { return skips_; }
 

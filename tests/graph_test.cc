@@ -224,6 +224,35 @@ TEST(Gradients, OverlappingSlicesAdd) {
               testing::ElementsAre(2, 2, 5, 3, 3));
 }
 
+TEST(Gradients, SegmentsAreComputedAgainBehindABarrier) {
+  auto build = [](bool enabled) {
+    ComputationGraph graph;
+    Value x = graph.Input("x", Shape{5}), y;
+    {
+      ComputationGraph::Segment segment(graph, enabled);
+      ComputationGraph::Segment inner(graph, enabled);  // belongs to the outer one
+      y = Exp(Sin(Exp(x) * 0.5f));
+    }
+    Value sum = Sum(Square(y));
+    graph.Output("sum", sum);
+    std::vector<Value> outputs{sum}, ones{Value{}}, wrt{x};
+    graph.Output("dx", Gradients(outputs, ones, wrt)[0]);
+    return Optimize(graph);
+  };
+  ComputationGraph plain = build(false), again = build(true);
+  // The derivatives of Exp and Sin read their inputs: the inner Exp and Sin are needed again.
+  EXPECT_EQ(CountOps(plain, "Barrier"), 0);
+  EXPECT_EQ(CountOps(plain, "Exp"), 2);
+  EXPECT_EQ(CountOps(plain, "Sin"), 1);
+  EXPECT_EQ(CountOps(again, "Barrier"), 1);
+  EXPECT_EQ(CountOps(again, "Exp"), 3);
+  EXPECT_EQ(CountOps(again, "Sin"), 2);
+  std::vector<Tensor> x{Random(1).NormalTensor({5})};
+  std::vector<Tensor> expected = Interpreter(plain).Run(x), found = Interpreter(again).Run(x);
+  for (size_t i = 0; i < 2; ++i)
+    EXPECT_THAT(found[i].values(), testing::ElementsAreArray(expected[i].values()));
+}
+
 TEST(Gradients, OpWithoutGradientIsNamed) {
   ComputationGraph graph;
   Value x = graph.Input("x", Shape{3});
