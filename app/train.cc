@@ -29,6 +29,13 @@ const std::map<std::string, std::string> kAliases = {
     {"checkpointing_steps", ",--save-every-n-steps"},
     {"sample_steps", ",--sample-every-n-steps"},
     {"seed", ",-s"},
+    {"gradient_accumulation_steps", ",--accumulation-steps"},
+    {"snr_gamma", ",--min-snr-gamma"},
+    {"input_perturbation", ",--ip-noise-gamma"},
+    {"caption_dropout", ",--proportion-empty-prompts"},
+    {"lr_num_cycles", ",--lr-scheduler-num-cycles"},
+    {"lr_power", ",--lr-scheduler-power"},
+    {"random_flip", ",--flip-aug"},
 };
 
 struct Command {
@@ -76,10 +83,10 @@ void Run(Command& command, bool quiet) {
   CheckEffect(command, options);
   auto warn = [&](const std::string& text) { callbacks.message("warning: " + text); };
   auto data = OpenDataset(options, warn);
-  auto model = MakeModel(options, *data);
+  auto model = MakeModel(options, *data, warn);
   callbacks.message(fmt::format("{} captions, {} parameters, {} steps of {}", data->size(),
                                 model->ParameterCount(), options.max_train_steps,
-                                options.train_batch_size));
+                                PicturesOfAStep(options)));
   TrainResult result =
       Trainer(*model, *data, options, command.folder, command.resume, callbacks).Run();
   std::string validation = result.validation ? ", " + result.validation->ToString() : "";
@@ -115,11 +122,15 @@ void AddTrain(CLI::App& app, Selected& selected) {
     std::string flag = "--" + std::string(name);
     std::replace(flag.begin(), flag.end(), '_', '-');
     auto alias = kAliases.find(name);
-    CLI::Option* option =
-        train->add_option(flag + (alias == kAliases.end() ? "" : alias->second), field, help)
-            ->capture_default_str();
-    if (std::is_unsigned_v<std::decay_t<decltype(field)>>) option->check(NotNegative());
-    command->given[name] = option;
+    if (alias != kAliases.end()) flag += alias->second;
+    using Field = std::decay_t<decltype(field)>;
+    CLI::Option*& option = command->given[name];
+    if constexpr (std::is_same_v<Field, bool>) {
+      option = train->add_flag(flag, field, help);
+    } else {
+      option = train->add_option(flag, field, help)->capture_default_str();
+      if (std::is_unsigned_v<Field>) option->check(NotNegative());
+    }
   });
   train->callback([command, &selected] {
     selected.run = [command, &selected] { Run(*command, selected.quiet); };

@@ -11,11 +11,11 @@ Sample Dataset::sample(int64_t index, Random& random) const {
 }
 
 Tensor Dataset::images(std::span<const int64_t> indices, Random& random) const {
-  Tensor batch({static_cast<int64_t>(indices.size()), 3, side(), side()});
+  Tensor batch({static_cast<int64_t>(indices.size()), channels(), side(), side()});
   float* to = batch.data();
   for (int64_t index : indices) {
     Tensor one = image(index, random);
-    Check<InternalError>(one.shape() == Shape({3, side(), side()}),
+    Check<InternalError>(one.shape() == Shape({channels(), side(), side()}),
                          "data set: picture {} has shape {}", index, one.shape().ToString());
     to = std::copy_n(one.data(), one.elements(), to);
   }

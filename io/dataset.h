@@ -5,6 +5,7 @@
 #include <functional>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "core/random.h"
 #include "core/tensor.h"
@@ -15,7 +16,7 @@ namespace calotype {
 using WarningCallback = std::function<void(const std::string&)>;
 
 struct Sample {
-  Tensor image;  // [3, side, side] in [-1, 1]
+  Tensor image;  // [channels, side, side] in [-1, 1]
   std::string caption;
 };
 
@@ -23,18 +24,24 @@ class Dataset {
  public:
   virtual ~Dataset() = default;
 
-  virtual int64_t size() const = 0;  // number of captions, at least 1
-  virtual int side() const = 0;      // width and height of the pictures
+  virtual int64_t size() const = 0;  // number of pictures, at least 1
+  virtual int side() const = 0;      // their width and height
+  virtual int channels() const { return 3; }
   // Errors (all below): ValueError unless 0 <= index < size().
   virtual std::string caption(int64_t index) const = 0;
-  // The picture [3, side, side] in [-1, 1]. A set that varies its pictures draws from `random`,
-  // always the same count of numbers, so that the position of the stream depends on the number of
-  // calls alone.
+  // All captions of the picture, at least one; caption() is the first.
+  virtual std::vector<std::string> captions(int64_t index) const { return {caption(index)}; }
+  // The picture [channels, side, side] in [-1, 1], or a latent. A set that varies its pictures
+  // draws from `random`, always the same count of numbers, so that the position of the stream
+  // depends on the number of calls alone.
   virtual Tensor image(int64_t index, Random& random) const = 0;
 
+  // True if image(index) is not the same each time.
+  virtual bool varies(int64_t) const { return true; }
+
   Sample sample(int64_t index, Random& random) const;
-  // The pictures of several captions in order, [indices, 3, side, side].
-  Tensor images(std::span<const int64_t> indices, Random& random) const;
+  // Several pictures in order, [indices, channels, side, side].
+  virtual Tensor images(std::span<const int64_t> indices, Random& random) const;
 };
 
 }  // namespace calotype

@@ -165,24 +165,49 @@ Image Resize(const Image& image, int width, int height) {
   return result;
 }
 
-Image ResizeAndCrop(const Image& image, int size) {
-  CheckImage(image, "resize and crop");
-  Check(size > 0 && size <= (1 << 14), "resize and crop: size {} is out of range", size);
+Image ResizeShortSide(const Image& image, int size) {
+  CheckImage(image, "resize");
+  Check(size > 0 && size <= (1 << 14), "resize: size {} is out of range", size);
   int short_side = std::min(image.width, image.height);
   auto scaled = [&](int side) {
     return side == short_side ? size : static_cast<int>(int64_t{size} * side / short_side);
   };
   int64_t long_side = int64_t{size} * std::max(image.width, image.height) / short_side;
-  Check(long_side <= (1 << 20), "resize and crop: a picture of {} x {} is too long for size {}",
-        image.width, image.height, size);
-  Image resized = Resize(image, scaled(image.width), scaled(image.height));
+  Check(long_side <= (1 << 20), "resize: a picture of {} x {} is too long for size {}", image.width,
+        image.height, size);
+  return Resize(image, scaled(image.width), scaled(image.height));
+}
+
+Image Crop(const Image& image, int left, int top, int width, int height) {
+  CheckImage(image, "crop");
+  Check(left >= 0 && top >= 0 && width > 0 && height > 0 && width <= image.width - left &&
+            height <= image.height - top,
+        "crop: {} x {} at ({}, {}) does not lie within a picture of {} x {}", width, height, left,
+        top, image.width, image.height);
+  Image result{width, height, std::vector<uint8_t>(size_t{3} * width * height)};
+  for (int y = 0; y < height; ++y) {
+    std::copy_n(image.rgb.begin() + 3 * (size_t{1} * (top + y) * image.width + left),
+                size_t{3} * width, result.rgb.begin() + size_t{3} * y * width);
+  }
+  return result;
+}
+
+Image ResizeAndCrop(const Image& image, int size) {
+  Image resized = ResizeShortSide(image, size);
   // torchvision rounds the corner to even on ties.
   int left = static_cast<int>(std::nearbyint((resized.width - size) / 2.0));
   int top = static_cast<int>(std::nearbyint((resized.height - size) / 2.0));
-  Image result{size, size, std::vector<uint8_t>(size_t{3} * size * size)};
-  for (int y = 0; y < size; ++y) {
-    std::copy_n(resized.rgb.begin() + 3 * (size_t{1} * (top + y) * resized.width + left),
-                size_t{3} * size, result.rgb.begin() + size_t{3} * y * size);
+  return Crop(resized, left, top, size, size);
+}
+
+Image FlipHorizontally(const Image& image) {
+  CheckImage(image, "flip");
+  Image result = image;
+  for (int y = 0; y < image.height; ++y) {
+    for (int x = 0; x < image.width; ++x) {
+      std::copy_n(image.rgb.begin() + 3 * (size_t{1} * y * image.width + x), 3,
+                  result.rgb.begin() + 3 * (size_t{1} * y * image.width + image.width - 1 - x));
+    }
   }
   return result;
 }

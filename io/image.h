@@ -38,8 +38,18 @@ Image ImageGrid(std::span<const Image> images, int columns, int padding = 2);
 // Computed in f32 and rounded once.
 Image Resize(const Image& image, int width, int height);
 
+// The picture with its short side resized to `size` (torchvision's Resize(size)).
+Image ResizeShortSide(const Image& image, int size);
+
+// The part of `width` x `height` whose upper left corner is at (left, top). Errors: ValueError if
+// it does not lie within the picture.
+Image Crop(const Image& image, int left, int top, int width, int height);
+
 // A square picture: the short side resized to `size`, then the centre cut out (torchvision's
 // Resize(size) and CenterCrop(size)).
 Image ResizeAndCrop(const Image& image, int size);
+
+// Left and right exchanged.
+Image FlipHorizontally(const Image& image);
 
 }  // namespace calotype

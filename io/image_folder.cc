@@ -22,6 +22,20 @@ std::string StringField(const nlohmann::json& object, const char* field, const s
   return it->get<std::string>();
 }
 
+// The string or the list of strings in "text".
+std::vector<std::string> CaptionsOf(const nlohmann::json& object, const std::string& where) {
+  auto it = object.find("text");
+  if (it == object.end() || !it->is_array()) return {StringField(object, "text", where)};
+  std::vector<std::string> captions;
+  for (const nlohmann::json& caption : *it) {
+    Check<FileError>(caption.is_string(), "{}: the list \"text\" holds {}, expected strings", where,
+                     Quoted(caption.dump()));
+    captions.push_back(caption.get<std::string>());
+  }
+  Check<FileError>(!captions.empty(), "{}: the list \"text\" is empty", where);
+  return captions;
+}
+
 // The path of `file_name` in `folder`, which is canonical. A file that does not exist passes:
 // reading it fails later. Names are data and must not lead elsewhere, not through links either.
 std::filesystem::path Inside(const std::filesystem::path& folder, const std::string& file_name,
@@ -44,9 +58,11 @@ std::filesystem::path Inside(const std::filesystem::path& folder, const std::str
 
 }  // namespace
 
-ImageFolder::ImageFolder(const std::filesystem::path& folder, int side, const WarningCallback& warn)
-    : side_(side) {
-  Check(side >= 1 && side <= 4096, "image folder: side {} is not in [1, 4096]", side);
+ImageFolder::ImageFolder(const std::filesystem::path& folder, const Options& options,
+                         const WarningCallback& warn)
+    : options_(options) {
+  Check(options.side >= 1 && options.side <= 4096, "image folder: side {} is not in [1, 4096]",
+        options.side);
   std::error_code error;
   std::filesystem::path root = std::filesystem::canonical(folder, error);
   Check<FileError>(!error && std::filesystem::is_directory(root, error), "{}: not a folder",
@@ -67,7 +83,7 @@ ImageFolder::ImageFolder(const std::filesystem::path& folder, int side, const Wa
     std::string where = fmt::format("{}:{}", list.string(), number);
     nlohmann::json object = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
     Check<FileError>(object.is_object(), "{}: not a JSON object: {}", where, Quoted(line));
-    Entry entry{StringField(object, "file_name", where), StringField(object, "text", where), {}};
+    Entry entry{StringField(object, "file_name", where), CaptionsOf(object, where), {}};
     paths.push_back(Inside(root, entry.file_name, where));
     entries_.push_back(std::move(entry));
   }
@@ -76,7 +92,9 @@ ImageFolder::ImageFolder(const std::filesystem::path& folder, int side, const Wa
   std::vector<std::string> failures(entries_.size());
   ParallelFor(size(), 1, [&](int64_t begin, int64_t) {
     try {
-      entries_[begin].image = ResizeAndCrop(ReadPng(paths[begin]), side_);
+      Image picture = ReadPng(paths[begin]);
+      entries_[begin].image = options_.center_crop ? ResizeAndCrop(picture, options_.side)
+                                                   : ResizeShortSide(picture, options_.side);
     } catch (const std::exception& failure) {
       failures[begin] = failure.what();
     }
@@ -100,7 +118,22 @@ const ImageFolder::Entry& ImageFolder::At(int64_t index) const {
   return entries_[static_cast<size_t>(index)];
 }
 
-Tensor ImageFolder::image(int64_t index, Random&) const { return ImageToTensor(At(index).image); }
+bool ImageFolder::varies(int64_t index) const {
+  const Image& image = At(index).image;
+  return options_.random_flip || image.width != image.height;
+}
+
+Tensor ImageFolder::image(int64_t index, Random& random) const {
+  const Image& image = At(index).image;
+  const float place = random.Uniform(), mirror = random.Uniform();
+  if (!varies(index)) return ImageToTensor(image);
+  // One of the two is 0: the short side is `side`.
+  int left = static_cast<int>(place * static_cast<float>(image.width - options_.side + 1));
+  int top = static_cast<int>(place * static_cast<float>(image.height - options_.side + 1));
+  Image part = Crop(image, std::min(left, image.width - options_.side),
+                    std::min(top, image.height - options_.side), options_.side, options_.side);
+  return ImageToTensor(options_.random_flip && mirror < 0.5f ? FlipHorizontally(part) : part);
+}
 
 std::string ImageFolderLine(std::string_view file_name, std::string_view text) {
   Check(IsUtf8(file_name) && IsUtf8(text), "image folder: {} or {} is not UTF-8", Quoted(file_name),

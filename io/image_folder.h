@@ -1,5 +1,6 @@
 // A data set from a folder in the ImageFolder convention: pictures and a file `metadata.jsonl` with
-// one JSON object a line, {"file_name": "a.png", "text": "its caption"} (other fields are ignored).
+// one JSON object a line, {"file_name": "a.png", "text": "its caption"}, where `text` may also be a
+// list of captions (other fields are ignored).
 #pragma once
 
 #include <filesystem>
@@ -14,17 +15,25 @@ namespace calotype {
 
 class ImageFolder : public Dataset {
  public:
-  // Reads all pictures now: PNG, cut and resized to side x side by ResizeAndCrop, kept in memory at
-  // 8 bits a channel. A picture that is missing or damaged is reported to `warn` and left out.
+  struct Options {
+    int side = 64;
+    bool center_crop = false;  // else each draw of a picture that is not square cuts another part
+    bool random_flip = false;  // each draw is mirrored with probability 1/2
+  };
+  // Reads all pictures now: PNG, the short side resized to `side`, kept in memory at 8 bits a
+  // channel. A picture that is missing or damaged is reported to `warn` and left out.
   // Errors: ValueError for a side outside [1, 4096]; FileError naming the file (and line) if the
   // folder or metadata.jsonl is missing, a line is not such an object, a file_name leads out of the
   // folder (absolute, "..", or through a link), or no picture is usable.
-  ImageFolder(const std::filesystem::path& folder, int side, const WarningCallback& warn);
+  ImageFolder(const std::filesystem::path& folder, const Options& options,
+              const WarningCallback& warn);
 
   int64_t size() const override { return static_cast<int64_t>(entries_.size()); }
-  int side() const override { return side_; }
-  std::string caption(int64_t index) const override { return At(index).caption; }
-  // The same each time; draws nothing.
+  int side() const override { return options_.side; }
+  std::string caption(int64_t index) const override { return At(index).captions[0]; }
+  std::vector<std::string> captions(int64_t index) const override { return At(index).captions; }
+  bool varies(int64_t index) const override;
+  // Draws two numbers, for the part and for the mirror.
   Tensor image(int64_t index, Random& random) const override;
 
   // The file_name of a picture, and how many pictures were left out.
@@ -33,12 +42,13 @@ class ImageFolder : public Dataset {
 
  private:
   struct Entry {
-    std::string file_name, caption;
-    Image image;
+    std::string file_name;
+    std::vector<std::string> captions;
+    Image image;  // the short side resized; square with center_crop
   };
   const Entry& At(int64_t index) const;
 
-  int side_;
+  Options options_;
   int64_t skipped_ = 0;
   std::vector<Entry> entries_;
 };

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstring>
 #include <numeric>
 #include <utility>
 
@@ -23,14 +25,17 @@ void ShuffleIndices(std::vector<int64_t>& indices, Random random) {
 
 }  // namespace
 
-BatchSource::BatchSource(const Dataset& data, Tensor tokens, const Options& options)
+BatchSource::BatchSource(const Dataset& data, Tensor text, const Options& options)
     : data_(data),
-      tokens_(std::move(tokens)),
+      text_(std::move(text)),
       options_(options),
       pictures_(options.seed, "train.pictures"),
       noise_(options.seed, "train.noise"),
       timesteps_(options.seed, "train.timesteps"),
-      dropout_(options.seed, "train.dropout") {
+      dropout_(options.seed, "train.dropout"),
+      choices_(options.seed, "train.caption_choice"),
+      offsets_(options.seed, "train.noise_offset"),
+      perturbations_(options.seed, "train.input_perturbation") {
   Check(options.batch_size >= 1, "training: the batch size is {}, must be at least 1",
         options.batch_size);
   Check(options.timesteps >= 1, "training: {} timesteps, must be at least 1", options.timesteps);
@@ -38,9 +43,16 @@ BatchSource::BatchSource(const Dataset& data, Tensor tokens, const Options& opti
         "training: caption_dropout is {}, must be in [0, 1]", options.caption_dropout);
   Check(options.validation_fraction >= 0 && options.validation_fraction < 1,
         "training: validation_fraction is {}, must be in [0, 1)", options.validation_fraction);
-  Check<ShapeError>(tokens_.shape().rank() == 2 && tokens_.shape()[0] == data.size() + 1,
-                    "training: tokens have shape {}, the data set has {} captions", tokens_.shape(),
-                    data.size());
+  for (double value : {options.noise_offset, options.input_perturbation}) {
+    Check(std::isfinite(value) && value >= 0,
+          "training: noise_offset or input_perturbation is {}, must be at least 0", value);
+  }
+  first_row_.push_back(0);
+  for (int64_t i = 0; i < data.size(); ++i)
+    first_row_.push_back(first_row_.back() + static_cast<int64_t>(data.captions(i).size()));
+  Check<ShapeError>(text_.shape().rank() >= 2 && text_.shape()[0] == first_row_.back() + 1,
+                    "training: the text has shape {}, the data set has {} captions", text_.shape(),
+                    first_row_.back());
   std::vector<int64_t> all(static_cast<size_t>(data.size()));
   std::iota(all.begin(), all.end(), 0);
   ShuffleIndices(all, Random(options.seed, "train.split"));
@@ -61,10 +73,17 @@ void BatchSource::Shuffle(uint64_t round) {
   order_round_ = round;
 }
 
-void BatchSource::TokensInto(Tensor& tokens, int64_t row, int64_t caption) const {
-  int64_t length = tokens_.shape()[1];
-  const int64_t* source = tokens_.data<int64_t>() + caption * length;
-  std::copy(source, source + length, tokens.data<int64_t>() + row * length);
+Tensor BatchSource::TextOf(int64_t size) const {
+  std::vector<int64_t> dims = {size};
+  for (int axis = 1; axis < text_.shape().rank(); ++axis) dims.push_back(text_.shape()[axis]);
+  return Tensor(Shape(dims), text_.dtype());
+}
+
+void BatchSource::TextInto(Tensor& text, int64_t row, int64_t from) const {
+  auto bytes = static_cast<size_t>(text_.bytes() / text_.shape()[0]);
+  std::memcpy(static_cast<std::byte*>(text.raw()) + static_cast<size_t>(row) * bytes,
+              static_cast<const std::byte*>(text_.raw()) + static_cast<size_t>(from) * bytes,
+              bytes);
 }
 
 Batch BatchSource::Next() {
@@ -78,12 +97,29 @@ Batch BatchSource::Next() {
   Batch batch;
   batch.images = data_.images(indices, pictures_);
   batch.noise = noise_.NormalTensor(batch.images.shape());
+  if (options_.noise_offset > 0) {
+    int64_t planes = size * batch.images.shape()[1], pixels = batch.noise.elements() / planes;
+    auto scale = static_cast<float>(options_.noise_offset);
+    float* noise = batch.noise.data();
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      float offset = scale * offsets_.Normal();
+      for (int64_t i = 0; i < pixels; ++i) *noise++ += offset;
+    }
+  }
+  if (options_.input_perturbation > 0) {
+    auto scale = static_cast<float>(options_.input_perturbation);
+    batch.input_noise = batch.noise.Clone();
+    for (float& n : batch.input_noise.values()) n += scale * perturbations_.Normal();
+  }
   batch.timesteps = Tensor({size}, DType::kI64);
-  batch.tokens = Tensor({size, tokens_.shape()[1]}, DType::kI64);
+  batch.text = TextOf(size);
   for (int64_t i = 0; i < size; ++i) {
     batch.timesteps.data<int64_t>()[i] = timesteps_.Integer(options_.timesteps);
+    auto picture = static_cast<size_t>(indices[static_cast<size_t>(i)]);
+    int64_t captions = first_row_[picture + 1] - first_row_[picture];
+    int64_t row = first_row_[picture] + (captions > 1 ? choices_.Integer(captions) : 0);
     bool drop = dropout_.Uniform() < options_.caption_dropout;
-    TokensInto(batch.tokens, i, drop ? data_.size() : indices[static_cast<size_t>(i)]);
+    TextInto(batch.text, i, drop ? first_row_.back() : row);
   }
   return batch;
 }
@@ -108,12 +144,12 @@ const std::vector<Batch>& BatchSource::ValidationBatches() {
     Batch batch;
     std::vector<int64_t> indices;
     batch.timesteps = Tensor({size}, DType::kI64);
-    batch.tokens = Tensor({size, tokens_.shape()[1]}, DType::kI64);
+    batch.text = TextOf(size);
     for (int64_t i = 0; i < size; ++i) {
       auto [caption, timestep] = tasks[begin + static_cast<size_t>(i)];
       indices.push_back(caption);
       batch.timesteps.data<int64_t>()[i] = timestep;
-      TokensInto(batch.tokens, i, caption);
+      TextInto(batch.text, i, first_row_[static_cast<size_t>(caption)]);
     }
     batch.images = data_.images(indices, pictures);
     batch.noise = noise.NormalTensor(batch.images.shape());
@@ -127,7 +163,10 @@ std::map<std::string, uint64_t> BatchSource::State() const {
           {"pictures", pictures_.position()},
           {"noise", noise_.position()},
           {"timesteps", timesteps_.position()},
-          {"dropout", dropout_.position()}};
+          {"dropout", dropout_.position()},
+          {"caption_choice", choices_.position()},
+          {"noise_offset", offsets_.position()},
+          {"input_perturbation", perturbations_.position()}};
 }
 
 void BatchSource::SetState(const std::map<std::string, uint64_t>& state) {
@@ -142,6 +181,9 @@ void BatchSource::SetState(const std::map<std::string, uint64_t>& state) {
   noise_.set_position(at("noise"));
   timesteps_.set_position(at("timesteps"));
   dropout_.set_position(at("dropout"));
+  choices_.set_position(at("caption_choice"));
+  offsets_.set_position(at("noise_offset"));
+  perturbations_.set_position(at("input_perturbation"));
 }
 
 }  // namespace calotype

@@ -15,30 +15,38 @@
 namespace calotype {
 
 struct Batch {
-  Tensor images;     // [B, 3, side, side] in [-1, 1]
-  Tensor noise;      // as images, N(0, 1)
-  Tensor timesteps;  // i64 [B], uniform in [0, T)
-  Tensor tokens;     // i64 [B, L]
+  Tensor images;       // [B, C, side, side]: pictures in [-1, 1], or latents
+  Tensor noise;        // as images: N(0, 1), plus the offset
+  Tensor input_noise;  // what noises the input, if that is another one; else undefined
+  Tensor timesteps;    // i64 [B], uniform in [0, T)
+  Tensor text;         // i64 [B, L] tokens, or f32 [B, L, D] their embeddings
 };
 
 class BatchSource {
  public:
   struct Options {
     int64_t batch_size = 64;
-    int64_t timesteps = 1000;        // T
-    double caption_dropout = 0;      // probability of the empty caption
+    int64_t timesteps = 1000;    // T
+    double caption_dropout = 0;  // probability of the empty caption
+    // noise += noise_offset N(0, 1) [B, C, 1, 1], so that brightness is learned too.
+    double noise_offset = 0;
+    // input_noise = noise + input_perturbation N(0, 1); the model's target keeps the noise (Ning et
+    // al. 2023, arXiv:2301.11706). Not for validation.
+    double input_perturbation = 0;
     double validation_fraction = 0;  // share of the captions that training never sees
     uint64_t seed = 0;
   };
-  // `tokens`: i64 [data.size() + 1, L], the token rows of the captions and, last, of the empty
-  // caption. Keeps a reference to `data`. Errors: ValueError if an option is out of range or no
-  // caption is left for training.
-  BatchSource(const Dataset& data, Tensor tokens, const Options& options);
+  // `text`: the rows (tokens i64 [L] or embeddings f32 [L, D]) of all captions of the first
+  // picture, of the second, and so on, and last of the empty caption. Keeps a reference to `data`.
+  // Errors: ValueError if an option is out of range or no caption is left for training.
+  BatchSource(const Dataset& data, Tensor text, const Options& options);
 
-  // The next batch. Captions come in shuffled rounds: each once before any comes again.
+  // The next batch. Pictures come in shuffled rounds: each once before any comes again. One of
+  // several captions is drawn each time.
   Batch Next();
 
-  // The held-out captions as fixed batches (the last may be smaller): each caption several times,
+  // The held-out pictures as fixed batches (the last may be smaller): each several times, with its
+  // first caption,
   // with noise and with timesteps spread evenly over [0, T) that depend on the seed alone. Empty
   // without held-out captions.
   const std::vector<Batch>& ValidationBatches();
@@ -51,16 +59,19 @@ class BatchSource {
 
  private:
   void Shuffle(uint64_t round);
-  void TokensInto(Tensor& tokens, int64_t row, int64_t caption) const;
+  // An empty `text` for a batch, and a copy of row `from` of the captions' into it.
+  Tensor TextOf(int64_t size) const;
+  void TextInto(Tensor& text, int64_t row, int64_t from) const;
 
   const Dataset& data_;
-  Tensor tokens_;
+  Tensor text_;
   Options options_;
   std::vector<int64_t> training_, held_out_;
   std::vector<int64_t> order_;  // of the round that is being drawn
   uint64_t order_round_ = ~uint64_t{0};
-  uint64_t drawn_ = 0;  // captions drawn so far
-  Random pictures_, noise_, timesteps_, dropout_;
+  uint64_t drawn_ = 0;              // captions drawn so far
+  std::vector<int64_t> first_row_;  // of each picture's captions in text_; last: the empty one's
+  Random pictures_, noise_, timesteps_, dropout_, choices_, offsets_, perturbations_;
   std::vector<Batch> validation_;
 };
 

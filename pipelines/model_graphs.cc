@@ -13,13 +13,20 @@ TensorType Tokens(const DiffusionModel& model, int64_t batch) {
 // Declares the inputs of LossGraph and returns the loss; sets *noise_loss, if asked for, to the
 // error of the noise that the prediction implies (undefined for models that predict the sample).
 Value ExportLoss(ComputationGraph& graph, DiffusionModel& model, const NoiseSchedule& schedule,
-                 int64_t batch, Value* noise_loss = nullptr) {
-  Shape pictures{batch, model.channels(), model.sample_side(), model.sample_side()};
+                 int64_t batch, const TrainingGraphOptions& training = {},
+                 Value* noise_loss = nullptr) {
+  const int64_t side = training.inputs.side > 0 ? training.inputs.side : model.sample_side();
+  Shape pictures{batch, model.channels(), side, side};
   Value images = graph.Input("images", pictures), noise = graph.Input("noise", pictures);
   Value timesteps = graph.Input("timesteps", {DType::kI64, {batch}});
-  Value tokens = graph.Input("tokens", Tokens(model, batch));
-  return DenoisingLoss(schedule, images, noise, timesteps, [&](Value noisy) {
-    Value prediction = model.Denoise(noisy, timesteps, model.Encode(tokens));
+  Shape embedded{batch, model.caption_tokens(), model.context_width()};
+  Value context = training.inputs.embeddings
+                      ? graph.Input("context", embedded)
+                      : model.Encode(graph.Input("tokens", Tokens(model, batch)));
+  LossOptions options{.snr_gamma = training.snr_gamma, .input_noise = {}};
+  if (training.input_noise) options.input_noise = graph.Input("input_noise", pictures);
+  auto denoise = [&](Value noisy) {
+    Value prediction = model.Denoise(noisy, timesteps, context);
     if (noise_loss && schedule.prediction_type() == PredictionType::kEpsilon) {
       *noise_loss = MeanSquaredError(prediction, noise);
     } else if (noise_loss && schedule.prediction_type() == PredictionType::kVelocity) {
@@ -27,7 +34,8 @@ Value ExportLoss(ComputationGraph& graph, DiffusionModel& model, const NoiseSche
       *noise_loss = MeanSquaredError(schedule.AddNoise(prediction, noisy, timesteps), noise);
     }
     return prediction;
-  });
+  };
+  return DenoisingLoss(schedule, images, noise, timesteps, denoise, options);
 }
 
 }  // namespace
@@ -55,7 +63,8 @@ ComputationGraph UNetGraph(DiffusionModel& model, UNetShape shape, const Denoise
   Value sample =
       graph.Input("sample", Shape{batch, model.unet().config().in_channels, height, width});
   Value timestep = graph.Input("timestep", Shape{batch});
-  Value context = graph.Input("encoder_hidden_states", Shape{batch, tokens, model.context_width()});
+  Value context =
+      graph.Input("encoder_hidden_states", Shape{batch, tokens, model.context_width()});
   if (!denoise) {
     graph.Output("out", model.Denoise(sample, timestep, context));
     return graph;
@@ -87,20 +96,32 @@ ComputationGraph LatentEncoderGraph(DiffusionModel& model, int64_t height, int64
   return graph;
 }
 
-ComputationGraph LossGraph(DiffusionModel& model, const NoiseSchedule& schedule, int64_t batch) {
+ComputationGraph LossGraph(DiffusionModel& model, const NoiseSchedule& schedule, int64_t batch,
+                           const LossInputs& inputs) {
   model.SetTrainingMode(false);
   ComputationGraph graph;
   Value noise_loss;
-  graph.Output("loss", ExportLoss(graph, model, schedule, batch, &noise_loss));
+  graph.Output("loss", ExportLoss(graph, model, schedule, batch, {.inputs = inputs}, &noise_loss));
   if (noise_loss.defined()) graph.Output("noise_loss", noise_loss);
   return graph;
 }
 
 ComputationGraph TrainingStepGraph(DiffusionModel& model, const NoiseSchedule& schedule,
-                                   int64_t batch, const Optimizer& optimizer, const Ema* ema) {
+                                   int64_t batch, const Optimizer& optimizer, const Ema* ema,
+                                   const TrainingGraphOptions& options) {
   model.SetTrainingMode(true);
   ComputationGraph graph;
-  ExportTrainingStep(ExportLoss(graph, model, schedule, batch), optimizer, ema);
+  ExportTrainingStep(ExportLoss(graph, model, schedule, batch, options), optimizer, ema);
+  return graph;
+}
+
+ComputationGraph GradientSumGraph(DiffusionModel& model, const NoiseSchedule& schedule,
+                                  int64_t batch, const Optimizer& optimizer,
+                                  const std::vector<ParameterPtr>& sums, int64_t batches,
+                                  const TrainingGraphOptions& options) {
+  model.SetTrainingMode(true);
+  ComputationGraph graph;
+  ExportGradientSums(ExportLoss(graph, model, schedule, batch, options), optimizer, sums, batches);
   return graph;
 }
 

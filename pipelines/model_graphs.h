@@ -26,8 +26,8 @@ struct UNetShape {
   int64_t tokens = 0;             // of the context
   auto operator<=>(const UNetShape&) const = default;
 };
-// Builds the prediction and returns it, and behind it whatever else the graph shall have as
-// outputs; may declare further inputs, and change the attention of the U-Net meanwhile.
+// Builds the prediction and returns it, and behind it whatever else the graph shall have as outputs;
+// may declare further inputs, and change the attention of the U-Net meanwhile.
 using DenoiseBuilder = std::function<std::vector<Value>(ComputationGraph&, Value sample,
                                                         Value timestep, Value context)>;
 // Inputs sample [batch, in_channels, height, width], timestep f32 [batch] (samplers stop between
@@ -46,14 +46,31 @@ ComputationGraph LatentDecoderGraph(DiffusionModel& model, int64_t height, int64
 // distribution, scaled.
 ComputationGraph LatentEncoderGraph(DiffusionModel& model, int64_t height, int64_t width);
 
+struct LossInputs {
+  int64_t side = 0;         // of the samples; 0: the model's
+  bool embeddings = false;  // context f32 [batch, L, D] instead of tokens
+};
 // Inputs images, noise [batch, C, side, side] (samples: pictures, or latents), timesteps i64
 // [batch], tokens i64 [batch, L]. Outputs loss: how well the prediction for the noisy samples meets
 // the schedule's target; and, unless the model predicts the sample, noise_loss: the mean squared
 // error of the noise that the prediction implies, by which models of different prediction types
 // compare.
-ComputationGraph LossGraph(DiffusionModel& model, const NoiseSchedule& schedule, int64_t batch);
+ComputationGraph LossGraph(DiffusionModel& model, const NoiseSchedule& schedule, int64_t batch,
+                           const LossInputs& inputs = {});
+
+struct TrainingGraphOptions {
+  LossInputs inputs;
+  double snr_gamma = 0;      // see LossOptions
+  bool input_noise = false;  // a further input input_noise behind tokens, see LossOptions
+};
 // LossGraph with gradients and updates: see ExportTrainingStep.
 ComputationGraph TrainingStepGraph(DiffusionModel& model, const NoiseSchedule& schedule,
-                                   int64_t batch, const Optimizer& optimizer, const Ema* ema);
+                                   int64_t batch, const Optimizer& optimizer, const Ema* ema,
+                                   const TrainingGraphOptions& options = {});
+// LossGraph with its gradients added to sums: see ExportGradientSums.
+ComputationGraph GradientSumGraph(DiffusionModel& model, const NoiseSchedule& schedule,
+                                  int64_t batch, const Optimizer& optimizer,
+                                  const std::vector<ParameterPtr>& sums, int64_t batches,
+                                  const TrainingGraphOptions& options = {});
 
 }  // namespace calotype

@@ -21,13 +21,49 @@ void OneOf(std::string_view field, const std::string& value,
   Fail("training: {} is `{}`, must be one of {}", field, value, list);
 }
 
+// Errors: ValueError for a field that is not as by default although nothing reads it.
+void CheckEffect(const TrainOptions& o) {
+  const TrainOptions defaults;
+  auto check = [](const char* field, bool changed, bool has_effect, const char* with) {
+    Check(!changed || has_effect, "training: {} has no effect without {}", field, with);
+  };
+  check("cache_latents", o.cache_latents, !o.model.empty() || !o.vae.empty(), "model or vae");
+  auto given = [&](const char* field, bool changed) {
+    Check(!changed || o.model.empty(), "training: {} has no effect on the model in {}", field,
+          o.model);
+  };
+  given("unet", o.unet != defaults.unet);
+  given("vae", o.vae != defaults.vae);
+  given("caption_tokens", o.caption_tokens != defaults.caption_tokens);
+  given("caption_layers", o.caption_layers != defaults.caption_layers);
+  given("prediction_type", o.prediction_type != defaults.prediction_type);
+  given("beta_schedule", o.beta_schedule != defaults.beta_schedule);
+  given("num_train_timesteps", o.num_train_timesteps != defaults.num_train_timesteps);
+  check("lr_num_cycles", o.lr_num_cycles != defaults.lr_num_cycles,
+        o.lr_scheduler == "cosine_with_restarts", "lr_scheduler cosine_with_restarts");
+  check("lr_power", o.lr_power != defaults.lr_power, o.lr_scheduler == "polynomial",
+        "lr_scheduler polynomial");
+  check("lr_step_rules", !o.lr_step_rules.empty(), o.lr_scheduler == "piecewise_constant",
+        "lr_scheduler piecewise_constant");
+  check("ema_update_after_step", o.ema_update_after_step != 0, o.ema_decay > 0, "ema_decay");
+  check("use_ema_warmup", o.use_ema_warmup, o.ema_decay > 0, "ema_decay");
+  check("ema_inv_gamma", o.ema_inv_gamma != defaults.ema_inv_gamma, o.use_ema_warmup,
+        "use_ema_warmup");
+  check("ema_power", o.ema_power != defaults.ema_power, o.use_ema_warmup, "use_ema_warmup");
+  const bool folder = o.data != "shapes";
+  check("center_crop", o.center_crop, folder, "a folder of pictures");
+  check("random_flip", o.random_flip, folder, "a folder of pictures");
+}
+
 }  // namespace
 
 void Validate(const TrainOptions& o) {
   OneOf("prediction_type", o.prediction_type, {"epsilon", "v_prediction", "sample"});
   OneOf("beta_schedule", o.beta_schedule, {"linear", "scaled_linear", "squaredcos_cap_v2"});
   OneOf("optimizer", o.optimizer, {"adamw", "adam", "sgd"});
-  OneOf("lr_scheduler", o.lr_scheduler, {"constant", "linear", "cosine"});
+  OneOf("lr_scheduler", o.lr_scheduler,
+        {"constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts",
+         "polynomial", "piecewise_constant"});
   OneOf("backend", o.backend, {"eager", "jit"});
   auto in_range = [](const char* field, double value, double low, double high) {
     Check(value >= low && value <= high, "training: {} is {}, must be in [{}, {}]", field, value,
@@ -38,9 +74,16 @@ void Validate(const TrainOptions& o) {
   in_range("caption_layers", static_cast<double>(o.caption_layers), 0, 64);
   in_range("num_train_timesteps", static_cast<double>(o.num_train_timesteps), 1, 1e6);
   in_range("train_batch_size", static_cast<double>(o.train_batch_size), 1, 65536);
+  in_range("gradient_accumulation_steps", static_cast<double>(o.gradient_accumulation_steps), 1,
+           65536);
+  in_range("snr_gamma", o.snr_gamma, 0, 1e6);
+  in_range("noise_offset", o.noise_offset, 0, 10);
+  in_range("input_perturbation", o.input_perturbation, 0, 10);
   in_range("max_train_steps", static_cast<double>(o.max_train_steps), 1, 1e9);
   in_range("learning_rate", o.learning_rate, 0, 1000);
   in_range("lr_warmup_steps", static_cast<double>(o.lr_warmup_steps), -1, 1e9);
+  in_range("lr_num_cycles", static_cast<double>(o.lr_num_cycles), 1, 1e6);
+  in_range("lr_power", o.lr_power, 1e-6, 1e6);
   in_range("adam_beta1", o.adam_beta1, 0, 1);
   in_range("adam_beta2", o.adam_beta2, 0, 1);
   in_range("adam_epsilon", o.adam_epsilon, 0, 1);
@@ -48,17 +91,29 @@ void Validate(const TrainOptions& o) {
   in_range("momentum", o.momentum, 0, 1);
   in_range("max_grad_norm", o.max_grad_norm, 0, 1e30);
   in_range("ema_decay", o.ema_decay, 0, 1);
+  in_range("ema_min_decay", o.ema_min_decay, 0, o.ema_decay);
+  in_range("ema_update_after_step", static_cast<double>(o.ema_update_after_step), 0, 1e9);
+  in_range("ema_inv_gamma", o.ema_inv_gamma, 1e-30, 1e30);
+  in_range("ema_power", o.ema_power, 1e-30, 1e30);
   in_range("caption_dropout", o.caption_dropout, 0, 1);
   in_range("validation_fraction", o.validation_fraction, 0, 0.9);
   in_range("checkpointing_steps", static_cast<double>(o.checkpointing_steps), 0, 1e9);
   in_range("checkpoints_total_limit", static_cast<double>(o.checkpoints_total_limit), 0, 1e6);
   in_range("validation_steps", static_cast<double>(o.validation_steps), 0, 1e9);
   in_range("sample_steps", static_cast<double>(o.sample_steps), 0, 1e9);
+  Check(o.snr_gamma == 0 || o.prediction_type != "sample",
+        "training: snr_gamma is for prediction_type epsilon and v_prediction, not sample");
+  CheckEffect(o);
+}
+
+int64_t PicturesOfAStep(const TrainOptions& o) {
+  return o.train_batch_size * o.gradient_accumulation_steps;
 }
 
 TrainOptions MergeForResume(const TrainOptions& stored, const TrainOptions& given,
                             const std::set<std::string>& chosen) {
-  using Field = std::variant<const std::string*, const int64_t*, const double*, const uint64_t*>;
+  using Field =
+      std::variant<const std::string*, const int64_t*, const double*, const uint64_t*, const bool*>;
   std::vector<Field> fields;
   TrainOptions::Visit(given, [&](const char*, const auto& field, const char*, bool) {
     fields.emplace_back(&field);

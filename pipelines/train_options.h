@@ -15,34 +15,52 @@ namespace calotype {
 struct TrainOptions {
   // What to train on and what to train.
   std::string data = "shapes";
+  std::string model;
   std::string unet = "toy16";
+  std::string vae;
   int64_t resolution = 0;
   int64_t caption_tokens = 0;
   int64_t caption_layers = 0;
+  bool center_crop = false;
+  bool random_flip = false;
+  bool cache_latents = false;
 
   // The forward process.
   std::string prediction_type = "v_prediction";
   std::string beta_schedule = "squaredcos_cap_v2";
   int64_t num_train_timesteps = 1000;
+  double snr_gamma = 0;
+  double noise_offset = 0;
+  double input_perturbation = 0;
 
   // The optimizer and its schedule.
   int64_t train_batch_size = 64;
+  int64_t gradient_accumulation_steps = 1;
   int64_t max_train_steps = 1000;
   std::string optimizer = "adamw";
   double learning_rate = 2e-3;
+  bool scale_lr = false;
   std::string lr_scheduler = "cosine";
   int64_t lr_warmup_steps = -1;
+  int64_t lr_num_cycles = 1;
+  double lr_power = 1;
+  std::string lr_step_rules;
   double adam_beta1 = 0.9, adam_beta2 = 0.999, adam_epsilon = 1e-8;
   double weight_decay = 0.01;
   double momentum = 0.9;
   double max_grad_norm = 1;
   double ema_decay = 0.995;
+  double ema_min_decay = 0;
+  int64_t ema_update_after_step = 0;
+  bool use_ema_warmup = false;
+  double ema_inv_gamma = 1, ema_power = 2.0 / 3;
   double caption_dropout = 0.1;
   double validation_fraction = 0.05;
   uint64_t seed = 0;
 
   // What happens on the way; may differ between a run and its continuation.
   std::string backend = "eager";
+  bool gradient_checkpointing = false;
   int64_t checkpointing_steps = 200;
   int64_t checkpoints_total_limit = 2;
   int64_t validation_steps = 100;
@@ -54,22 +72,53 @@ struct TrainOptions {
   static void Visit(Options& o, F&& f) {
     f("data", o.data, "`shapes`, or a folder of pictures with metadata.jsonl (file_name, text)",
       false);
+    f("model", o.model,
+      "Folder of a model to train on: of a run, or Stable Diffusion as diffusers keeps it (then "
+      "the "
+      "U-Net trains); empty: a new one",
+      false);
     f("unet", o.unet, "Preset (toy16, small32) or a diffusers U-Net config.json", false);
-    f("resolution", o.resolution, "Side of the pictures; 0: sample_size of the U-Net", false);
+    f("vae", o.vae, "Folder of a diffusers AutoencoderKL on whose latents a new U-Net works",
+      false);
+    f("resolution", o.resolution, "Side of the pictures; 0: that of the model", false);
     f("caption_tokens", o.caption_tokens,
       "Words of a caption that are read; 0: of the longest caption, at most 77", false);
     f("caption_layers", o.caption_layers, "Transformer blocks of the caption encoder", false);
+    f("center_crop", o.center_crop,
+      "Cut the centre out of pictures that are not square, not a random part", false);
+    f("random_flip", o.random_flip, "Mirror every other picture, at random", false);
+    f("cache_latents", o.cache_latents,
+      "Keep what the autoencoder makes of each picture instead of computing it at each draw", true);
     f("prediction_type", o.prediction_type,
       "What the U-Net predicts: epsilon, v_prediction, sample", false);
     f("beta_schedule", o.beta_schedule, "linear, scaled_linear or squaredcos_cap_v2", false);
     f("num_train_timesteps", o.num_train_timesteps, "Timesteps of the noise schedule", false);
-    f("train_batch_size", o.train_batch_size, "Pictures in a step", false);
+    f("snr_gamma", o.snr_gamma,
+      "Min-SNR weights of the loss (epsilon, v_prediction): 5 is usual; 0: none", false);
+    f("noise_offset", o.noise_offset,
+      "Scale of a noise that is the same in all pixels of a channel", false);
+    f("input_perturbation", o.input_perturbation,
+      "Scale of a noise that is added to the input but not to the target: 0.1 is usual", false);
+    f("train_batch_size", o.train_batch_size, "Pictures in a batch", false);
+    f("gradient_accumulation_steps", o.gradient_accumulation_steps,
+      "Batches whose mean gradient makes one step", false);
     f("max_train_steps", o.max_train_steps, "Optimizer steps", false);
     f("optimizer", o.optimizer, "adamw, adam or sgd", false);
     f("learning_rate", o.learning_rate, "Peak learning rate", false);
-    f("lr_scheduler", o.lr_scheduler, "constant, linear or cosine, after the warm-up", false);
+    f("scale_lr", o.scale_lr, "Multiply the learning rate by the pictures of a step", false);
+    f("lr_scheduler", o.lr_scheduler,
+      "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial or "
+      "piecewise_constant",
+      false);
     f("lr_warmup_steps", o.lr_warmup_steps,
-      "Steps in which the rate rises from 0; -1: a tenth of all steps, at most 100", false);
+      "Steps in which the rate rises from 0; -1: a tenth of all steps, at most 100 (none for "
+      "constant and piecewise_constant)",
+      false);
+    f("lr_num_cycles", o.lr_num_cycles, "Cosines of cosine_with_restarts", false);
+    f("lr_power", o.lr_power, "Power of polynomial", false);
+    f("lr_step_rules", o.lr_step_rules,
+      "piecewise_constant: 1:10,0.1:20,0.01 is a factor 1 before step 10, 0.1 before 20, then 0.01",
+      false);
     f("adam_beta1", o.adam_beta1, "Decay of the first moment", false);
     f("adam_beta2", o.adam_beta2, "Decay of the second moment", false);
     f("adam_epsilon", o.adam_epsilon, "Added to the root of the second moment", false);
@@ -80,12 +129,24 @@ struct TrainOptions {
       false);
     f("ema_decay", o.ema_decay, "Decay of the averaged weights, which are what is saved; 0: none",
       false);
+    f("ema_min_decay", o.ema_min_decay, "Smallest decay", false);
+    f("ema_update_after_step", o.ema_update_after_step,
+      "Steps in which the averages are the weights themselves", false);
+    f("use_ema_warmup", o.use_ema_warmup,
+      "Decay of step s: 1 - (1 + s / ema_inv_gamma)^-ema_power instead of (1 + s) / (10 + s)",
+      false);
+    f("ema_inv_gamma", o.ema_inv_gamma, "See use_ema_warmup", false);
+    f("ema_power", o.ema_power, "See use_ema_warmup", false);
     f("caption_dropout", o.caption_dropout,
       "Share of captions replaced by the empty one, for guidance", false);
     f("validation_fraction", o.validation_fraction,
       "Share of captions held out for the validation loss", false);
     f("seed", o.seed, "Seed of everything random", false);
     f("backend", o.backend, "eager, or jit: the whole step compiled", true);
+    f("gradient_checkpointing", o.gradient_checkpointing,
+      "Compute inner values again for the gradients instead of keeping them: less memory, more "
+      "time",
+      true);
     f("checkpointing_steps", o.checkpointing_steps, "Steps between checkpoints; 0: only at the end",
       true);
     f("checkpoints_total_limit", o.checkpoints_total_limit, "Checkpoints to keep; 0: all", true);
@@ -103,7 +164,10 @@ struct TrainOptions {
 TrainOptions MergeForResume(const TrainOptions& stored, const TrainOptions& given,
                             const std::set<std::string>& chosen);
 
-// Errors: ValueError naming the field, its value and what is allowed.
+// Pictures that make one optimizer step.
+int64_t PicturesOfAStep(const TrainOptions& options);
+// Errors: ValueError naming the field, its value and what is allowed; also for a field that differs
+// from its default although the others leave it without effect.
 void Validate(const TrainOptions& options);
 // The text of a train.json, and back. Errors: FileError naming the file and an unknown, missing or
 // wrong field.

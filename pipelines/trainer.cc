@@ -22,6 +22,7 @@
 #include "io/png.h"
 #include "optim/parameter_values.h"
 #include "pipelines/model_graphs.h"
+#include "pipelines/training_graph.h"
 #include "pipelines/training_setup.h"
 
 namespace calotype {
@@ -83,31 +84,80 @@ Optimizer::Rule RuleOf(const TrainOptions& o) {
 
 LearningRateSchedule RateOf(const TrainOptions& o) {
   int64_t warmup = o.lr_warmup_steps;
-  if (warmup < 0) warmup = std::min<int64_t>(100, o.max_train_steps / 10);
-  std::string name = o.lr_scheduler;
-  if (name == "constant" && warmup > 0) name = "constant_with_warmup";
-  return {.name = name,
-          .learning_rate = o.learning_rate,
+  if (warmup < 0) {
+    bool none = o.lr_scheduler == "constant" || o.lr_scheduler == "piecewise_constant";
+    warmup = none ? 0 : std::min<int64_t>(100, o.max_train_steps / 10);
+  }
+  double scale = o.scale_lr ? static_cast<double>(PicturesOfAStep(o)) : 1;
+  return {.name = o.lr_scheduler,
+          .learning_rate = o.learning_rate * scale,
           .warmup_steps = warmup,
-          .total_steps = o.max_train_steps};
+          .total_steps = o.max_train_steps,
+          .num_cycles = o.lr_num_cycles,
+          .power = o.lr_power,
+          .step_rules = o.lr_step_rules};
 }
 
-Tensor CaptionTokens(const DiffusionModel& model, const Dataset& data) {
+EmaOptions EmaOf(const TrainOptions& o) {
+  return {.decay = o.ema_decay,
+          .min_decay = o.ema_min_decay,
+          .update_after_step = o.ema_update_after_step,
+          .use_ema_warmup = o.use_ema_warmup,
+          .inv_gamma = o.ema_inv_gamma,
+          .power = o.ema_power};
+}
+
+// Embeddings of more than this are computed in the step.
+constexpr int64_t kMostEmbeddingBytes = int64_t{2} << 30;
+
+std::vector<ParameterPtr> TrainedParameters(DiffusionModel& model, const TrainTarget& target) {
+  if (!target.parameters.empty()) return target.parameters;
+  std::vector<ParameterPtr> parameters = model.NamedParameters(), frozen;
+  if (model.vae()) frozen = model.vae()->NamedParameters();
+  std::erase_if(parameters, [&](const ParameterPtr& parameter) {
+    return !parameter->trainable() || std::ranges::find(frozen, parameter) != frozen.end();
+  });
+  return parameters;
+}
+
+// True if the text encoder is CLIP, none of it trains, and the embeddings of all captions fit.
+bool EmbedsBefore(DiffusionModel& model, const Dataset& data,
+                  const std::vector<ParameterPtr>& trained) {
+  if (!model.text_encoder()) return false;
+  for (const ParameterPtr& parameter : model.text_encoder()->NamedParameters()) {
+    if (std::ranges::find(trained, parameter) != trained.end()) return false;
+  }
+  const auto rows = static_cast<int64_t>(Captions(data).size()) + 1;
+  return rows * model.caption_tokens() * model.context_width() * 4 <= kMostEmbeddingBytes;
+}
+
+std::unique_ptr<LatentDataset> LatentsOf(DiffusionModel& model, const Dataset& data,
+                                         const TrainOptions& o) {
+  if (!model.vae()) return nullptr;
+  return std::make_unique<LatentDataset>(data, model, ParseBackend(o.backend), o.cache_latents);
+}
+
+Tensor CaptionText(DiffusionModel& model, const Dataset& data, bool embed, Backend backend) {
   std::vector<std::string> captions = Captions(data);
   captions.push_back("");  // the row that a dropped caption takes
-  return model.Tokens(captions, {});
+  Tensor tokens = model.Tokens(captions, {});
+  return embed ? EmbedTokens(model, tokens, backend) : tokens;
 }
 
-BatchSource::Options BatchOptions(const TrainOptions& o) {
+BatchSource::Options BatchOptions(const TrainOptions& o, const NoiseSchedule& schedule) {
   return {.batch_size = o.train_batch_size,
-          .timesteps = o.num_train_timesteps,
+          .timesteps = schedule.size(),
           .caption_dropout = o.caption_dropout,
+          .noise_offset = o.noise_offset,
+          .input_perturbation = o.input_perturbation,
           .validation_fraction = o.validation_fraction,
           .seed = o.seed};
 }
 
 std::vector<Tensor> InputsOf(const Batch& batch) {
-  return {batch.images, batch.noise, batch.timesteps, batch.tokens};
+  std::vector<Tensor> inputs{batch.images, batch.noise, batch.timesteps, batch.text};
+  if (batch.input_noise.defined()) inputs.push_back(batch.input_noise);
+  return inputs;
 }
 
 }  // namespace
@@ -118,15 +168,20 @@ bool HoldsRun(const fs::path& folder) {
 }
 
 Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions& options,
-                 fs::path folder, bool resume, TrainCallbacks callbacks)
+                 fs::path folder, bool resume, TrainCallbacks callbacks, TrainTarget target)
     : model_(model),
       data_(data),
       options_((calotype::Validate(options), options)),
       folder_(std::move(folder)),
       callbacks_(std::move(callbacks)),
+      target_{TrainedParameters(model, target), std::move(target.save)},
       backend_(ParseBackend(options.backend)),
       schedule_(model.scheduler()),
-      batches_(data, CaptionTokens(model, data), BatchOptions(options)),
+      inputs_{.side = data.side() / model.factor(),
+              .embeddings = EmbedsBefore(model, data, target_.parameters)},
+      latents_(LatentsOf(model, data, options)),
+      batches_(latents_ ? *latents_ : data, CaptionText(model, data, inputs_.embeddings, backend_),
+               BatchOptions(options, schedule_)),
       rate_(RateOf(options)) {
   // A bad schedule or prompt is an error before the folder is made, not in the middle of the run.
   rate_.At(0);
@@ -134,12 +189,9 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
     model_.Tokens(std::vector{options_.validation_prompt},
                   [&](const std::string& text) { Message("warning: " + text); });
   }
-  Check(data.side() == model.side(), "training: the pictures have {} pixels a side, the model {}",
-        data.side(), model.side());
-  optimizer_ = std::make_unique<Optimizer>(RuleOf(options_), model_.NamedParameters(),
-                                           options_.max_grad_norm);
-  if (options_.ema_decay > 0)
-    ema_ = std::make_unique<Ema>(EmaOptions{.decay = options_.ema_decay}, model_.NamedParameters());
+  optimizer_ =
+      std::make_unique<Optimizer>(RuleOf(options_), target_.parameters, options_.max_grad_norm);
+  if (options_.ema_decay > 0) ema_ = std::make_unique<Ema>(EmaOf(options_), target_.parameters);
   if (resume) {
     Check<FileError>(HoldsRun(folder_), "{}: there is no run to resume", folder_.string());
     lock_ = LockFolder(folder_);
@@ -230,22 +282,48 @@ void Trainer::OpenMetrics() {
   Check<FileError>(metrics_ != nullptr, "{}: cannot be written", path.string());
 }
 
+void Trainer::Compile() {
+  const int64_t batches = options_.gradient_accumulation_steps;
+  model_.unet().EnableGradientCheckpointing(options_.gradient_checkpointing);
+  TrainingGraphOptions options{.inputs = inputs_,
+                               .snr_gamma = options_.snr_gamma,
+                               .input_noise = options_.input_perturbation > 0};
+  if (batches > 1) sums_ = GradientSums(*optimizer_);
+  auto compile = [&](ComputationGraph graph) {
+    auto runner = std::make_unique<GraphRunner>(std::move(graph), backend_);
+    compile_seconds_ += runner->compile_seconds();
+    return runner;
+  };
+  if (batches == 1) {
+    step_runner_ = compile(TrainingStepGraph(model_, schedule_, options_.train_batch_size,
+                                             *optimizer_, ema_.get(), options));
+    return;
+  }
+  gradient_runner_ = compile(GradientSumGraph(model_, schedule_, options_.train_batch_size,
+                                              *optimizer_, sums_, batches, options));
+  ComputationGraph step;
+  ExportStepFromSums(step, *optimizer_, ema_.get(), sums_);
+  step_runner_ = compile(std::move(step));
+}
+
 Trainer::StepResult Trainer::Step() {
-  Batch batch = batches_.Next();
-  if (!runner_) {
-    runner_ = std::make_unique<GraphRunner>(
-        TrainingStepGraph(model_, schedule_, options_.train_batch_size, *optimizer_, ema_.get()),
-        backend_);
-    compile_seconds_ += runner_->compile_seconds();
-  }
+  if (!step_runner_) Compile();
   double rate = rate_.At(step_);
-  std::vector<Tensor> inputs = InputsOf(batch);
-  for (Tensor& input : optimizer_->Inputs(step_ + 1, rate)) inputs.push_back(std::move(input));
+  std::vector<Tensor> updates = optimizer_->Inputs(step_ + 1, rate);
   if (ema_) {
-    for (Tensor& input : ema_->Inputs(step_ + 1)) inputs.push_back(std::move(input));
+    for (Tensor& input : ema_->Inputs(step_ + 1)) updates.push_back(std::move(input));
   }
-  std::vector<Tensor> outputs = runner_->Run(inputs);
-  return {outputs[0].Item(), outputs[1].Item(), rate};
+  if (!gradient_runner_) {
+    std::vector<Tensor> inputs = InputsOf(batches_.Next());
+    inputs.insert(inputs.end(), updates.begin(), updates.end());
+    std::vector<Tensor> outputs = step_runner_->Run(inputs);
+    return {outputs[0].Item(), outputs[1].Item(), rate};
+  }
+  double loss = 0;
+  for (int64_t i = 0; i < options_.gradient_accumulation_steps; ++i)
+    loss += gradient_runner_->Run(InputsOf(batches_.Next()))[0].Item();
+  double norm = step_runner_->Run(updates)[0].Item();
+  return {loss / static_cast<double>(options_.gradient_accumulation_steps), norm, rate};
 }
 
 std::string Trainer::LastCheckpoint() const {
@@ -340,7 +418,7 @@ ValidationLosses Trainer::Validate() {
     int64_t size = batch.images.shape()[0];
     auto& runner = validation_[size];
     if (!runner) {
-      runner = std::make_unique<GraphRunner>(LossGraph(model_, schedule_, size), backend_);
+      runner = std::make_unique<GraphRunner>(LossGraph(model_, schedule_, size, inputs_), backend_);
       compile_seconds_ += runner->compile_seconds();
     }
     std::vector<Tensor> outputs = runner->Run(InputsOf(batch));
@@ -371,14 +449,18 @@ void Trainer::WriteState() {
 
 void Trainer::WriteModel() {
   AveragedWeights averaged(ema_.get());
-  model_.Save(folder_);
+  if (target_.save) {
+    target_.save(folder_);
+  } else {
+    model_.Save(folder_);
+  }
 }
 
 void Trainer::WriteSamples() {
   if (!sampler_) sampler_ = std::make_unique<TextToImagePipeline>(model_, backend_);
   AveragedWeights averaged(ema_.get());
   GenerateOptions options;
-  options.steps = std::min(kSampleSteps, options_.num_train_timesteps);
+  options.steps = std::min(kSampleSteps, schedule_.size());
   int64_t count = options_.validation_prompt.empty() ? std::min(kSamples, data_.size()) : kSamples;
   for (int64_t i = 0; i < count; ++i) {
     options.prompts.push_back(options_.validation_prompt.empty()

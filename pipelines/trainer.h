@@ -1,5 +1,7 @@
-// Trainer: trains a DiffusionModel (U-Net and caption encoder together) on captioned pictures. One
-// step is one graph from the pictures to the new weights, interpreted or compiled. Everything that
+// Trainer: trains a DiffusionModel on captioned pictures: U-Net and caption encoder together, or
+// the U-Net of Stable Diffusion on the latents and embeddings of its frozen autoencoder and text
+// encoder. One step is one graph from the samples to the new weights, interpreted or compiled.
+// Everything that
 // a step depends on is in the checkpoint, so a run that was killed continues bit for bit.
 //
 // The run folder: model_index.json, unet/, caption_encoder/, scheduler/ (the averaged weights,
@@ -23,6 +25,8 @@
 #include "pipelines/batch_source.h"
 #include "pipelines/diffusion_model.h"
 #include "pipelines/graph_runner.h"
+#include "pipelines/latent_dataset.h"
+#include "pipelines/model_graphs.h"
 #include "pipelines/text_to_image.h"
 #include "pipelines/train_options.h"
 
@@ -48,6 +52,15 @@ struct ValidationLosses {
   std::string ToString() const;
 };
 
+// What of the model trains, and how the result gets into the run folder. The rest of the model is
+// frozen: it has no gradient, no optimizer state and no average, and is not in the checkpoints.
+struct TrainTarget {
+  // Empty: all trainable parameters of the model except those of its autoencoder.
+  std::vector<ParameterPtr> parameters;
+  // Writes the result, called while the parameters hold their averages. Undefined: model.Save.
+  std::function<void(const std::filesystem::path& folder)> save;
+};
+
 struct TrainResult {
   int64_t steps = 0;
   double final_loss = 0;                       // mean of the last 50 steps
@@ -65,7 +78,8 @@ class Trainer {
   // With `resume`, continues from the newest whole checkpoint; FileError if there is none,
   // ValueError if an option differs from the run's that may not change.
   Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions& options,
-          std::filesystem::path folder, bool resume = false, TrainCallbacks callbacks = {});
+          std::filesystem::path folder, bool resume = false, TrainCallbacks callbacks = {},
+          TrainTarget target = {});
   ~Trainer();
 
   // Trains up to options.max_train_steps, writes checkpoints on the way and the model at the end.
@@ -82,6 +96,7 @@ class Trainer {
     double loss, gradient_norm, learning_rate;
   };
   StepResult Step();
+  void Compile();
   void Resume();
   void WriteState();
   void WriteModel();
@@ -96,13 +111,18 @@ class Trainer {
   TrainOptions options_;
   std::filesystem::path folder_;
   TrainCallbacks callbacks_;
+  TrainTarget target_;
   Backend backend_;
   NoiseSchedule schedule_;
+  LossInputs inputs_;
+  std::unique_ptr<LatentDataset> latents_;  // if the model works on latents
   BatchSource batches_;
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<Ema> ema_;
   LearningRateSchedule rate_;
-  std::unique_ptr<GraphRunner> runner_;
+  // The step; with gradient accumulation the batches' gradients and the step from their sums.
+  std::unique_ptr<GraphRunner> step_runner_, gradient_runner_;
+  std::vector<ParameterPtr> sums_;  // zero between steps, so not in checkpoints
   std::map<int64_t, std::unique_ptr<GraphRunner>> validation_;  // by batch size
   std::unique_ptr<TextToImagePipeline> sampler_;
   std::shared_ptr<void> lock_;  // of the folder

@@ -9,18 +9,46 @@
 
 namespace calotype {
 
+// Weights of the timesteps' losses, f32 [T], for a model that predicts the noise or the velocity:
+// min(snr, gamma) / snr and min(snr, gamma) / (snr + 1) with snr = alpha_bar / (1 - alpha_bar)
+// (Hang et al. 2023, arXiv:2303.09556). Errors: ValueError unless gamma > 0, or for a model that
+// predicts the sample.
+Tensor SnrWeights(const NoiseSchedule& schedule, double gamma);
+
+// The mean over samples of weights[timesteps] times the mean squared error of the sample.
+Value WeightedError(Value prediction, Value target, Value timesteps, const Tensor& weights);
+
+struct LossOptions {
+  double snr_gamma = 0;  // 0: all timesteps count alike
+  // The noise of the model's input if it is not the target's; undefined: the same.
+  Value input_noise;
+};
+
 // mean((prediction - schedule.Target(x, n, t))^2), where prediction = denoise(schedule.AddNoise(x,
 // n, t)). images, noise f32 [B, C, H, W]; timesteps i64 [B].
 template <class Denoise>
 Value DenoisingLoss(const NoiseSchedule& schedule, Value images, Value noise, Value timesteps,
-                    Denoise&& denoise) {
-  Value prediction = denoise(schedule.AddNoise(images, noise, timesteps));
-  return MeanSquaredError(prediction, schedule.Target(images, noise, timesteps));
+                    Denoise&& denoise, const LossOptions& options = {}) {
+  Value added = options.input_noise.defined() ? options.input_noise : noise;
+  Value prediction = denoise(schedule.AddNoise(images, added, timesteps));
+  Value target = schedule.Target(images, noise, timesteps);
+  if (options.snr_gamma == 0) return MeanSquaredError(prediction, target);
+  return WeightedError(prediction, target, timesteps, SnrWeights(schedule, options.snr_gamma));
 }
 
 // Adds to the graph of `loss`: its gradients for the optimizer's parameters, the updates of
 // parameters and optimizer state, and, unless `ema` is null, of the averages. Declares their inputs
 // in the order optimizer.Inputs, ema->Inputs, and the outputs loss and gradient_norm.
 void ExportTrainingStep(Value loss, const Optimizer& optimizer, const Ema* ema);
+
+// Gradient accumulation: the step in two graphs. The first runs for each of `batches` batches and
+// adds the gradients of loss / batches to the sums; its output is loss. The second, without inputs
+// but those of the optimizer and the averages, takes the step from the sums, sets them to 0, and
+// has the output gradient_norm.
+std::vector<ParameterPtr> GradientSums(const Optimizer& optimizer);
+void ExportGradientSums(Value loss, const Optimizer& optimizer,
+                        const std::vector<ParameterPtr>& sums, int64_t batches);
+void ExportStepFromSums(ComputationGraph& graph, const Optimizer& optimizer, const Ema* ema,
+                        const std::vector<ParameterPtr>& sums);
 
 }  // namespace calotype

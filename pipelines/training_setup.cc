@@ -1,6 +1,7 @@
 #include "pipelines/training_setup.h"
 
 #include <algorithm>
+#include <filesystem>
 
 #include "core/error.h"
 #include "io/image_folder.h"
@@ -21,6 +22,24 @@ int64_t LongestCaption(const std::vector<std::string>& captions) {
   return std::min(static_cast<int64_t>(longest), kMostCaptionTokens);
 }
 
+// Pixels of a side that the model is made for.
+int64_t SideOf(const TrainOptions& options) {
+  std::filesystem::path model = options.model, vae = options.vae;
+  UNet2DConditionConfig unet =
+      model.empty() ? UNetOf(options.unet) : ReadUNetConfig(model / "unet" / "config.json");
+  if (std::filesystem::exists(model / "vae")) vae = model / "vae";
+  int64_t factor = vae.empty() ? 1 : ReadAutoencoderKLConfig(vae / "config.json").Factor();
+  Check(unet.sample_size.value_or(0) > 0,
+        "training: the U-Net {} has no sample_size; give a resolution",
+        model.empty() ? options.unet : options.model);
+  return *unet.sample_size * factor;
+}
+
+void Freeze(Layer* layer) {
+  if (!layer) return;
+  for (const ParameterPtr& parameter : layer->NamedParameters()) parameter->set_trainable(false);
+}
+
 }  // namespace
 
 UNet2DConditionConfig UNetOf(const std::string& name) {
@@ -39,19 +58,32 @@ std::unique_ptr<Dataset> OpenDataset(const TrainOptions& options, const WarningC
           options.resolution);
     return std::make_unique<ShapesDataset>();
   }
-  int64_t side =
-      options.resolution > 0 ? options.resolution : UNetOf(options.unet).sample_size.value_or(0);
-  Check(side > 0, "training: the U-Net {} has no sample_size; give a resolution", options.unet);
-  return std::make_unique<ImageFolder>(options.data, static_cast<int>(side), warn);
+  int64_t side = options.resolution > 0 ? options.resolution : SideOf(options);
+  return std::make_unique<ImageFolder>(options.data,
+                                       ImageFolder::Options{.side = static_cast<int>(side),
+                                                            .center_crop = options.center_crop,
+                                                            .random_flip = options.random_flip},
+                                       warn);
 }
 
 std::vector<std::string> Captions(const Dataset& data) {
   std::vector<std::string> captions;
-  for (int64_t i = 0; i < data.size(); ++i) captions.push_back(data.caption(i));
+  for (int64_t i = 0; i < data.size(); ++i) {
+    for (std::string& caption : data.captions(i)) captions.push_back(std::move(caption));
+  }
   return captions;
 }
 
-std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dataset& data) {
+std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dataset& data,
+                                          const WarningCallback& warn) {
+  if (!options.model.empty()) {
+    auto model = DiffusionModel::Load(options.model, warn);
+    Check<UnsupportedError>(!model->takes_mask(), "{}: a U-Net that takes a mask cannot be trained",
+                            options.model);
+    Freeze(model->text_encoder());
+    Freeze(model->vae());
+    return model;
+  }
   SchedulerConfig scheduler;
   scheduler.num_train_timesteps = options.num_train_timesteps;
   scheduler.prediction_type = options.prediction_type;
@@ -61,9 +93,19 @@ std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dat
   scheduler.timestep_spacing = "trailing";
 
   UNet2DConditionConfig unet = UNetOf(options.unet);
-  unet.sample_size = data.side();
-  Check(unet.in_channels == 3, "training: pictures have 3 channels, the U-Net {} has {}",
-        options.unet, unet.in_channels);
+  std::optional<AutoencoderKLConfig> vae;
+  if (!options.vae.empty()) {
+    vae = ReadAutoencoderKLConfig(std::filesystem::path(options.vae) / "config.json");
+    Check(data.side() % vae->Factor() == 0,
+          "training: the pictures have {} pixels a side, expected a multiple of {}", data.side(),
+          vae->Factor());
+    unet.sample_size = data.side() / vae->Factor();
+    unet.in_channels = unet.out_channels = vae->latent_channels;
+  } else {
+    unet.sample_size = data.side();
+    Check(unet.in_channels == 3, "training: pictures have 3 channels, the U-Net {} has {}",
+          options.unet, unet.in_channels);
+  }
   std::vector<std::string> captions = Captions(data);
   CaptionEncoderConfig encoder;
   encoder.vocabulary = CaptionTokenizer::BuildVocabulary(captions);
@@ -71,8 +113,13 @@ std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dat
       options.caption_tokens > 0 ? options.caption_tokens : LongestCaption(captions);
   encoder.hidden_size = unet.cross_attention_dim[0];
   encoder.num_layers = options.caption_layers;
-  auto model = std::make_unique<DiffusionModel>(unet, encoder, scheduler);
+  auto model = std::make_unique<DiffusionModel>(DiffusionModelConfig{
+      .unet = unet, .caption_encoder = encoder, .vae = vae, .scheduler = scheduler});
   model->Initialize(options.seed);
+  if (vae) {
+    LoadWeightsOf(*model->vae(), options.vae);
+    Freeze(model->vae());
+  }
   return model;
 }
 

@@ -16,8 +16,11 @@ namespace calotype {
 UNet2DConditionConfig UNetOf(const std::string& name);
 // The data set that options.data names. Errors: those of the data sets.
 std::unique_ptr<Dataset> OpenDataset(const TrainOptions& options, const WarningCallback& warn);
-// A model with random weights as the options say, its vocabulary made from the data set's captions.
-std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dataset& data);
+// The model that options.model names, or one with random weights as the options say, its vocabulary
+// made from the data set's captions. An autoencoder and CLIP are frozen: their parameters are not
+// trainable. Errors: those of DiffusionModel::Load and its constructor.
+std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dataset& data,
+                                          const WarningCallback& warn = {});
 
 std::vector<std::string> Captions(const Dataset& data);
 

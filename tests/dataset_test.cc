@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <map>
 #include <set>
 
 #include "core/error.h"
@@ -150,7 +151,8 @@ TEST(ImageFolder, LoadsResizesAndSkips) {
                 "\r\n" + ImageFolderLine("photo.jpg", "y") + ImageFolderLine("missing.png", "z") +
                 R"({"file_name": "a.png", "text": "again"})");  // no newline at the end
   std::vector<std::string> warnings;
-  ImageFolder set(folder.path(), 8, [&](const std::string& text) { warnings.push_back(text); });
+  ImageFolder set(folder.path(), {.side = 8, .center_crop = true},
+                  [&](const std::string& text) { warnings.push_back(text); });
   ASSERT_EQ(set.size(), 3);
   EXPECT_EQ(set.side(), 8);
   EXPECT_EQ(set.caption(0), "a \"quoted\" caption");
@@ -165,21 +167,102 @@ TEST(ImageFolder, LoadsResizesAndSkips) {
   EXPECT_THAT(warnings[1], AllOf(HasSubstr("photo.jpg"), HasSubstr("not a PNG file")));
   EXPECT_THAT(warnings[2], AllOf(HasSubstr("missing.png"), HasSubstr("No such file")));
   EXPECT_THROW(set.caption(3), ValueError);
-  EXPECT_THROW(ImageFolder(folder.path(), 0, {}), ValueError);
+  EXPECT_THROW(ImageFolder(folder.path(), {.side = 0}, {}), ValueError);
+}
+
+// Pictures whose colours say where a pixel was: red its column, green its row.
+Image Coordinates(int width, int height) {
+  Image image{width, height, {}};
+  for (int y = 0; y < height; ++y) {
+    for (int x = 0; x < width; ++x)
+      image.rgb.insert(image.rgb.end(), {static_cast<uint8_t>(x), static_cast<uint8_t>(y), 0});
+  }
+  return image;
+}
+
+// The corner and the direction of a part of such a picture.
+struct Part {
+  int left, top;
+  bool mirrored;
+  auto operator<=>(const Part&) const = default;
+};
+Part PartOf(const Tensor& x, int side) {
+  auto byte = [&](int channel, int row, int column) {
+    return static_cast<int>(
+        std::lround((x.data()[(channel * side + row) * side + column] + 1) * 127.5));
+  };
+  bool mirrored = byte(0, 0, 0) > byte(0, 0, side - 1);
+  int left = mirrored ? byte(0, 0, side - 1) : byte(0, 0, 0), top = byte(1, 0, 0);
+  for (int row = 0; row < side; ++row) {
+    for (int column = 0; column < side; ++column) {
+      EXPECT_EQ(byte(0, row, column), left + (mirrored ? side - 1 - column : column));
+      EXPECT_EQ(byte(1, row, column), top + row);
+    }
+  }
+  return {left, top, mirrored};
+}
+
+TEST(ImageFolder, CutsAndMirrorsAtRandom) {
+  test::TempFolder folder;
+  WritePng(folder / "wide.png", Coordinates(12, 8));
+  WritePng(folder / "tall.png", Coordinates(8, 10));
+  folder.Write("metadata.jsonl",
+               ImageFolderLine("wide.png", "w") + ImageFolderLine("tall.png", "t"));
+  auto parts = [&](const ImageFolder::Options& options, int64_t picture) {
+    ImageFolder set(folder.path(), options, {});
+    std::map<Part, int> count;
+    Random random(4);
+    for (int i = 0; i < 2000; ++i) ++count[PartOf(set.image(picture, random), 8)];
+    EXPECT_EQ(random.position(), 4000u);  // two numbers each
+    return count;
+  };
+  // Each of the places as often as the others, within five deviations.
+  auto expect_even = [](const std::map<Part, int>& count, size_t places) {
+    ASSERT_EQ(count.size(), places);
+    double expected = 2000.0 / static_cast<double>(places);
+    for (const auto& [part, times] : count)
+      EXPECT_NEAR(times, expected, 5 * std::sqrt(expected)) << part.left << " " << part.top;
+  };
+  EXPECT_THAT(parts({.side = 8, .center_crop = true}, 0),
+              testing::ElementsAre(testing::Pair(Part{2, 0, false}, 2000)));
+  EXPECT_THAT(parts({.side = 8, .center_crop = true}, 1),
+              testing::ElementsAre(testing::Pair(Part{0, 1, false}, 2000)));
+  expect_even(parts({.side = 8}, 0), 5);
+  expect_even(parts({.side = 8}, 1), 3);
+  expect_even(parts({.side = 8, .center_crop = true, .random_flip = true}, 0), 2);
+  expect_even(parts({.side = 8, .random_flip = true}, 1), 6);
+}
+
+TEST(ImageFolder, SeveralCaptionsOfAPicture) {
+  test::TempFolder folder;
+  WritePng(folder / "a.png", Coordinates(4, 4));
+  folder.Write("metadata.jsonl", "{\"file_name\": \"a.png\", \"text\": [\"one\", \"two\"]}\n" +
+                                     ImageFolderLine("a.png", "three"));
+  ImageFolder set(folder.path(), {.side = 4}, {});
+  EXPECT_THAT(set.captions(0), testing::ElementsAre("one", "two"));
+  EXPECT_EQ(set.caption(0), "one");
+  EXPECT_THAT(set.captions(1), testing::ElementsAre("three"));
+  for (const char* text : {"[]", "[1]", "7"}) {
+    folder.Write("metadata.jsonl",
+                 fmt::format("{{\"file_name\": \"a.png\", \"text\": {}}}\n", text));
+    EXPECT_THAT(MessageOf<FileError>([&] { ImageFolder(folder.path(), {.side = 4}, {}); }),
+                HasSubstr("text"))
+        << text;
+  }
 }
 
 TEST(ImageFolder, BadFolders) {
   TempFolder folder;
   auto open = [&](const std::string& metadata) {
     WriteText(folder / "metadata.jsonl", metadata);
-    ImageFolder(folder.path(), 8, {});
+    ImageFolder(folder.path(), {.side = 8}, {});
   };
   auto message = [&](const std::string& metadata) {
     return MessageOf<FileError>([&] { open(metadata); });
   };
-  EXPECT_THAT(MessageOf<FileError>([&] { ImageFolder(folder / "none", 8, {}); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { ImageFolder(folder / "none", {.side = 8}, {}); }),
               AllOf(HasSubstr("none"), HasSubstr("not a folder")));
-  EXPECT_THAT(MessageOf<FileError>([&] { ImageFolder(folder.path(), 8, {}); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { ImageFolder(folder.path(), {.side = 8}, {}); }),
               HasSubstr("metadata.jsonl: missing"));
   EXPECT_THAT(message(""), HasSubstr("no pictures are listed"));
   EXPECT_THAT(message("\n \r\n"), HasSubstr("no pictures are listed"));
@@ -301,7 +384,8 @@ TEST(Emoji, DrawsTheDebianFont) {
   EXPECT_EQ(report.written, 8);
   EXPECT_THAT(report.skipped,
               testing::ElementsAre("two faces", "man with no such thing", "not an emoji"));
-  ImageFolder set(folder / "out", 24, [](const std::string& text) { ADD_FAILURE() << text; });
+  ImageFolder set(folder / "out", {.side = 24},
+                  [](const std::string& text) { ADD_FAILURE() << text; });
   ASSERT_EQ(set.size(), 8);
   EXPECT_EQ(set.caption(4), "flag: japan");
   EXPECT_EQ(set.file_name(4), "1f1ef-1f1f5.png");
@@ -338,7 +422,8 @@ TEST(Emoji, WholeList) {
   EmojiReport report = WriteEmojiFolder(folder / "out", options);
   EXPECT_GE(report.written, 1800);
   EXPECT_LE(report.skipped.size(), 50u);
-  ImageFolder set(folder / "out", 32, [](const std::string& text) { ADD_FAILURE() << text; });
+  ImageFolder set(folder / "out", {.side = 32},
+                  [](const std::string& text) { ADD_FAILURE() << text; });
   EXPECT_EQ(set.size(), report.written);
   std::set<std::string> captions;
   for (int64_t i = 0; i < set.size(); ++i) captions.insert(set.caption(i));

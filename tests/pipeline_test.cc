@@ -9,6 +9,7 @@
 #include <cstring>
 #include <filesystem>
 #include <limits>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <sstream>
@@ -18,13 +19,13 @@
 #include "io/png.h"
 #include "io/safetensors.h"
 #include "io/shapes.h"
-#include "pipelines/model_folder.h"
 #include "pipelines/text_to_image.h"
 #include "pipelines/trainer.h"
 #include "pipelines/training_setup.h"
+#include "pipelines/model_folder.h"
 #include "tests/expect_error.h"
 #include "tests/run_program.h"
-#include "tests/tiny_unet.h"
+#include "tests/trainer_fixture.h"
 
 namespace calotype {
 namespace {
@@ -32,6 +33,7 @@ namespace {
 namespace fs = std::filesystem;
 using test::ReadText;
 using test::TempFolder;
+using test::TrainerTest;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
@@ -60,7 +62,7 @@ TEST(BatchSourceTest, EveryCaptionComesOnceARound) {
   std::vector<int64_t> first, second;
   for (int i = 0; i < 8; ++i) {
     Batch batch = source.Next();
-    for (int64_t token : batch.tokens.values<int64_t>()) (i < 4 ? first : second).push_back(token);
+    for (int64_t token : batch.text.values<int64_t>()) (i < 4 ? first : second).push_back(token);
   }
   EXPECT_EQ(std::set<int64_t>(first.begin(), first.end()).size(), 96u);
   EXPECT_EQ(std::set<int64_t>(second.begin(), second.end()).size(), 96u);
@@ -75,11 +77,11 @@ TEST(BatchSourceTest, HeldOutCaptionsAreNeverTrainedOn) {
   std::set<int64_t> trained, held_out;
   for (int i = 0; i < 10; ++i) {
     Batch batch = source.Next();
-    for (int64_t token : batch.tokens.values<int64_t>()) trained.insert(token);
+    for (int64_t token : batch.text.values<int64_t>()) trained.insert(token);
   }
   std::vector<int64_t> timesteps;
   for (const Batch& batch : source.ValidationBatches()) {
-    for (int64_t token : batch.tokens.values<int64_t>()) held_out.insert(token);
+    for (int64_t token : batch.text.values<int64_t>()) held_out.insert(token);
     for (int64_t t : batch.timesteps.values<int64_t>()) timesteps.push_back(t);
   }
   EXPECT_EQ(trained.size(), 86u);
@@ -100,7 +102,7 @@ TEST(BatchSourceTest, ContinuesFromItsState) {
   for (int i = 0; i < 3; ++i) {
     Batch a = whole.Next(), b = rest.Next();
     EXPECT_TRUE(SameBits(a.images, b.images) && SameBits(a.noise, b.noise) &&
-                SameBits(a.timesteps, b.timesteps) && SameBits(a.tokens, b.tokens));
+                SameBits(a.timesteps, b.timesteps) && SameBits(a.text, b.text));
   }
   std::map<std::string, uint64_t> state = whole.State();
   state.erase("noise");
@@ -114,9 +116,40 @@ TEST(BatchSourceTest, DropsTheRequestedShareOfCaptions) {
   int dropped = 0;
   for (int i = 0; i < 100; ++i) {
     Batch batch = source.Next();
-    for (int64_t token : batch.tokens.values<int64_t>()) dropped += token == 96;
+    for (int64_t token : batch.text.values<int64_t>()) dropped += token == 96;
   }
   EXPECT_NEAR(dropped, 1000, 4 * std::sqrt(10000 * 0.1 * 0.9));
+}
+
+// Two pictures, the second with three captions.
+class ThreeCaptions : public Dataset {
+ public:
+  int64_t size() const override { return 2; }
+  int side() const override { return 1; }
+  std::string caption(int64_t index) const override { return captions(index)[0]; }
+  std::vector<std::string> captions(int64_t index) const override {
+    return index == 0 ? std::vector<std::string>{"a"} : std::vector<std::string>{"b", "c", "d"};
+  }
+  Tensor image(int64_t index, Random&) const override {
+    return Tensor::Full({3, 1, 1}, static_cast<float>(index));
+  }
+};
+
+TEST(BatchSourceTest, EachCaptionOfAPictureIsDrawnAsOften) {
+  ThreeCaptions data;
+  Tensor rows = Tensor::From({5, 1}, std::vector<int64_t>{0, 1, 2, 3, 4});
+  BatchSource source(data, rows, {.batch_size = 2});
+  std::map<int64_t, int> count;
+  for (int i = 0; i < 3000; ++i) {
+    Batch batch = source.Next();
+    for (int64_t b = 0; b < 2; ++b) {
+      int64_t row = batch.text.data<int64_t>()[b];
+      EXPECT_EQ(batch.images.data()[3 * b], row > 0 ? 1 : 0);
+      ++count[row];
+    }
+  }
+  EXPECT_EQ(count[0], 3000);
+  for (int64_t row : {1, 2, 3}) EXPECT_NEAR(count[row], 1000, 5 * std::sqrt(667)) << row;
 }
 
 TEST(BatchSourceTest, OptionsOutOfRangeAreErrors) {
@@ -167,215 +200,6 @@ TEST(TrainOptionsTest, BadValuesAreNamed) {
   EXPECT_THAT(message([](TrainOptions& o) { o.train_batch_size = 0; }),
               HasSubstr("train_batch_size"));
   EXPECT_THAT(message([](TrainOptions& o) { o.ema_decay = 1.1; }), HasSubstr("ema_decay"));
-}
-
-// --- Training.
-
-class TrainerTest : public ::testing::Test {
- protected:
-  TrainerTest() {
-    SetThreads(1);  // threads would cost more than they give at this size
-    folder_.Write("unet.json", test::kTinyUNet);
-    options_.unet = folder_ / "unet.json";
-    options_.train_batch_size = 8;
-    options_.max_train_steps = 12;
-    options_.lr_warmup_steps = 2;
-    options_.checkpointing_steps = 5;
-    options_.validation_steps = 6;
-    options_.sample_steps = 0;
-  }
-  fs::path Folder(const std::string& name) const { return folder_ / name; }
-  TrainResult Train(const std::string& name, bool resume = false,
-                    TrainCallbacks callbacks = {}) const {
-    auto data = OpenDataset(options_, {});
-    auto model = MakeModel(options_, *data);
-    return Trainer(*model, *data, options_, Folder(name), resume, std::move(callbacks)).Run();
-  }
-  // The lines of metrics.jsonl without times.
-  std::string Metrics(const std::string& name) const {
-    std::string result;
-    std::istringstream lines(ReadText(Folder(name) / "metrics.jsonl"));
-    for (std::string line; std::getline(lines, line);) {
-      auto record = nlohmann::json::parse(line);
-      record.erase("seconds");
-      result += record.dump() + "\n";
-    }
-    return result;
-  }
-  std::string Weights(const std::string& name) const {
-    return ReadText(Folder(name) / "unet/diffusion_pytorch_model.safetensors") +
-           ReadText(Folder(name) / "caption_encoder/model.safetensors");
-  }
-
-  TempFolder folder_;
-  TrainOptions options_;
-};
-
-TEST_F(TrainerTest, TheLossFalls) {
-  options_.max_train_steps = 100;
-  options_.checkpointing_steps = options_.validation_steps = 0;
-  std::vector<double> losses;
-  TrainResult result = Train("run", false,
-                             {.progress = [&](const TrainProgress& p) { losses.push_back(p.loss); },
-                              .message = {},
-                              .cancelled = {}});
-  ASSERT_EQ(losses.size(), 100u);
-  double early = 0, late = 0;
-  for (int i = 0; i < 10; ++i)
-    early += losses[static_cast<size_t>(i)] / 10, late += losses[static_cast<size_t>(90 + i)] / 10;
-  EXPECT_LT(late, 0.85 * early);
-  EXPECT_EQ(result.steps, 100);
-  ASSERT_TRUE(result.validation.has_value());
-  EXPECT_LT(result.validation->loss, early);
-}
-
-// A model whose U-Net outputs 0: its v is 0, so it implies the noise sqrt(1 - alpha_bar) x_t.
-TEST_F(TrainerTest, TheNoiseLossOfAVelocityModelIsThatOfItsImpliedNoise) {
-  auto data = OpenDataset(options_, {});
-  auto model = MakeModel(options_, *data);
-  for (const char* name : {"unet.conv_out.weight", "unet.conv_out.bias"}) {
-    for (float& v : model->FindParameter(name)->Write().values()) v = 0;
-  }
-  ValidationLosses losses = Trainer(*model, *data, options_, Folder("run")).Validate();
-  BatchSource batches(*data, Tensor::Zeros({97, 8}, DType::kI64),
-                      {.batch_size = 8, .validation_fraction = 0.05, .seed = options_.seed});
-  NoiseSchedule schedule(model->scheduler());
-  double loss = 0, noise_loss = 0, count = 0;
-  for (const Batch& batch : batches.ValidationBatches()) {
-    int64_t pixels = batch.images.elements() / batch.images.shape()[0];
-    for (int64_t i = 0; i < batch.images.elements(); ++i) {
-      double a = schedule.AlphaBar(batch.timesteps.data<int64_t>()[i / pixels]),
-             x = batch.images.data()[i], n = batch.noise.data()[i];
-      double noisy = std::sqrt(a) * x + std::sqrt(1 - a) * n,
-             v = std::sqrt(a) * n - std::sqrt(1 - a) * x;
-      loss += v * v;
-      noise_loss += std::pow(std::sqrt(1 - a) * noisy - n, 2);
-      ++count;
-    }
-  }
-  EXPECT_NEAR(losses.loss, loss / count, 1e-5);
-  ASSERT_TRUE(losses.noise_loss.has_value());
-  EXPECT_NEAR(*losses.noise_loss, noise_loss / count, 1e-5);
-}
-
-TEST_F(TrainerTest, CompiledTrainingFollowsEagerTraining) {
-  options_.max_train_steps = 6;
-  options_.validation_fraction = 0;
-  std::vector<double> eager, jit;
-  Train("eager", false,
-        {.progress = [&](const TrainProgress& p) { eager.push_back(p.loss); },
-         .message = {},
-         .cancelled = {}});
-  options_.backend = "jit";
-  Train("jit", false,
-        {.progress = [&](const TrainProgress& p) { jit.push_back(p.loss); },
-         .message = {},
-         .cancelled = {}});
-  ASSERT_EQ(eager.size(), jit.size());
-  for (size_t i = 0; i < eager.size(); ++i)
-    EXPECT_NEAR(jit[i], eager[i], 1e-4 * eager[i]) << "step " << i + 1;
-}
-
-TEST_F(TrainerTest, ACancelledRunContinuesBitForBit) {
-  Train("whole");
-  int64_t last = 0;
-  TrainCallbacks cancel{.progress = [&](const TrainProgress& p) { last = p.step; },
-                        .message = {},
-                        .cancelled = [&] { return last == 7; }};
-  EXPECT_THAT(MessageOf<CancelledError>([&] { Train("parts", false, cancel); }),
-              HasSubstr("step 7 of 12"));
-  Train("parts", true);
-  EXPECT_EQ(Weights("parts"), Weights("whole"));
-  EXPECT_EQ(Metrics("parts"), Metrics("whole"));
-  // From an older checkpoint too, as after a kill: the lines behind it are written again.
-  fs::remove(CheckpointPath(Folder("parts") / "checkpoints", 12));
-  fs::remove(CheckpointPath(Folder("parts") / "checkpoints", 10));
-  EXPECT_THAT(MessageOf<FileError>([&] { Train("parts", true); }), HasSubstr("no checkpoint"));
-}
-
-TEST_F(TrainerTest, ARunThatLosesItsLastStepsContinuesBitForBit) {
-  Train("whole");
-  Train("parts");
-  fs::remove(CheckpointPath(Folder("parts") / "checkpoints", 12));  // 10 stays
-  Train("parts", true);
-  EXPECT_EQ(Weights("parts"), Weights("whole"));
-  EXPECT_EQ(Metrics("parts"), Metrics("whole"));
-}
-
-TEST_F(TrainerTest, ADamagedCheckpointFallsBackToTheOneBefore) {
-  Train("whole");
-  Train("parts");
-  fs::path newest = CheckpointPath(Folder("parts") / "checkpoints", 12);
-  std::string bytes = ReadText(newest);
-  bytes[bytes.size() / 2] ^= 1;
-  test::WriteText(newest, bytes);
-  std::string warnings;
-  Train("parts", true,
-        {.progress = {},
-         .message = [&](const std::string& text) { warnings += text + "\n"; },
-         .cancelled = {}});
-  EXPECT_THAT(warnings, HasSubstr("checkpoint-12"));
-  EXPECT_EQ(Weights("parts"), Weights("whole"));
-}
-
-TEST_F(TrainerTest, ContinuingWithOtherOptionsIsAnError) {
-  Train("run");
-  options_.learning_rate = 1;
-  EXPECT_THAT(MessageOf<ValueError>([&] { Train("run", true); }), HasSubstr("learning_rate"));
-}
-
-TEST_F(TrainerTest, AFolderWithARunIsNotOverwritten) {
-  Train("run");
-  EXPECT_THAT(MessageOf<ValueError>([&] { Train("run"); }), HasSubstr("--resume"));
-}
-
-TEST_F(TrainerTest, TwoRunsInOneFolderAreAnError) {
-  auto data = OpenDataset(options_, {});
-  auto model = MakeModel(options_, *data);
-  Trainer first(*model, *data, options_, Folder("run"));
-  EXPECT_THAT(MessageOf<FileError>([&] { Train("run", true); }), HasSubstr("another process"));
-}
-
-TEST_F(TrainerTest, SamplePicturesCarryTheirPrompts) {
-  options_.sample_steps = 6;
-  options_.max_train_steps = 7;
-  options_.validation_prompt = "a large blue cross on a gray background";
-  Train("run");
-  for (const char* name : {"step-00000006.png", "step-00000007.png"}) {
-    std::vector<PngText> texts;
-    ReadPng(Folder("run") / "samples" / name, &texts);
-    ASSERT_EQ(texts.size(), 1u);
-    EXPECT_THAT(texts[0].text, HasSubstr("a large blue cross on a gray background\nSteps: 25"));
-  }
-}
-
-TEST_F(TrainerTest, APromptOfUnknownWordsStopsTheRunBeforeItBegins) {
-  options_.sample_steps = 6;
-  options_.validation_prompt = "mauve zebra";
-  EXPECT_THAT(MessageOf<ValueError>([&] { Train("run"); }), HasSubstr("mauve, zebra"));
-  EXPECT_FALSE(fs::exists(Folder("run")));
-}
-
-TEST_F(TrainerTest, NumbersThatAreNotFiniteStopTheRunAndKeepTheCheckpoint) {
-  options_.optimizer = "sgd";
-  options_.lr_scheduler = "constant";
-  options_.lr_warmup_steps = 0;
-  options_.learning_rate = 1000;
-  options_.max_grad_norm = 0;
-  options_.max_train_steps = 100;
-  options_.checkpointing_steps = 1;
-  options_.validation_fraction = 0;
-  std::string text = MessageOf<NumericError>([&] { Train("run"); });
-  EXPECT_THAT(text, HasSubstr("not finite"));
-  int64_t last = ListCheckpoints(Folder("run") / "checkpoints").back();
-  EXPECT_THAT(text, HasSubstr(fmt::format("the checkpoint of step {} is kept", last)));
-  auto checkpoint = ReadLatestCheckpoint(Folder("run") / "checkpoints", {});
-  ASSERT_TRUE(checkpoint.has_value());
-  for (const auto& [name, tensor] : checkpoint->tensors) {
-    for (float v : tensor.values()) ASSERT_TRUE(std::isfinite(v)) << name;
-  }
-  options_.checkpointing_steps = 0;
-  EXPECT_THAT(MessageOf<NumericError>([&] { Train("other"); }), HasSubstr("no checkpoint yet"));
 }
 
 // --- Models and pictures.

@@ -1,0 +1,94 @@
+#include "pipelines/latent_dataset.h"
+
+#include <algorithm>
+#include <map>
+
+#include "core/error.h"
+#include "graph/functions.h"
+#include "pipelines/model_graphs.h"
+
+namespace calotype {
+namespace {
+
+// Input picture [1, 3, side, side]; outputs mean and std of its latents.
+ComputationGraph MomentsGraph(DiffusionModel& model, int64_t side) {
+  model.SetTrainingMode(false);
+  ComputationGraph graph;
+  LatentDistribution latents = model.vae()->Encode(graph.Input("picture", Shape{1, 3, side, side}));
+  graph.Output("mean", latents.mean);
+  graph.Output("std", Exp(latents.logvar * 0.5f));
+  return graph;
+}
+
+}  // namespace
+
+LatentDataset::LatentDataset(const Dataset& pictures, DiffusionModel& model, Backend backend,
+                             bool cache)
+    : pictures_(pictures),
+      side_(static_cast<int>(pictures.side() / model.factor())),
+      channels_(static_cast<int>(model.channels())),
+      cache_(cache) {
+  Check(model.vae() != nullptr, "latents: the model has no autoencoder");
+  Check(pictures.channels() == 3 && pictures.side() % model.factor() == 0,
+        "latents: the pictures have {} channels and {} pixels a side, expected 3 and a multiple of "
+        "{}",
+        pictures.channels(), pictures.side(), model.factor());
+  const AutoencoderKLConfig& config = model.vae()->config();
+  scale_ = static_cast<float>(config.scaling_factor);
+  shift_ = static_cast<float>(config.shift_factor.value_or(0));
+  if (cache_) {
+    for (int64_t i = 0; i < pictures.size(); ++i) {
+      Check(!pictures.varies(i),
+            "cache_latents: picture {} of the data set is drawn differently each time; use "
+            "center_crop, and no random_flip",
+            i);
+    }
+    moments_.resize(static_cast<size_t>(pictures.size()));
+  }
+  encoder_ = std::make_unique<GraphRunner>(MomentsGraph(model, pictures.side()), backend);
+}
+
+Tensor LatentDataset::image(int64_t index, Random& random) const {
+  Tensor picture = pictures_.image(index, random);  // also draws when its moments are there
+  Moments computed;
+  Moments& moments = cache_ ? moments_[static_cast<size_t>(index)] : computed;
+  if (!moments.mean.defined()) {
+    std::vector<Tensor> inputs{picture.Reshape({1, 3, pictures_.side(), pictures_.side()})};
+    std::vector<Tensor> outputs = encoder_->Run(inputs);
+    moments = {outputs[0], outputs[1]};
+  }
+  Tensor latents = random.NormalTensor({channels_, side_, side_});
+  const float *mean = moments.mean.data(), *std = moments.std.data();
+  for (float& x : latents.values()) x = (*mean++ + *std++ * x - shift_) * scale_;
+  return latents;
+}
+
+int64_t LatentDataset::cached() const {
+  return std::count_if(moments_.begin(), moments_.end(),
+                       [](const Moments& moments) { return moments.mean.defined(); });
+}
+
+Tensor EmbedTokens(DiffusionModel& model, const Tensor& tokens, Backend backend) {
+  const int64_t rows = tokens.shape()[0], length = tokens.shape()[1];
+  GraphRunner encoder(EncoderGraph(model, 1), backend);
+  Tensor embeddings({rows, length, model.context_width()});
+  const int64_t row_size = length * model.context_width();
+  std::map<std::vector<int64_t>, int64_t> computed;  // tokens -> row
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t* ids = tokens.data<int64_t>() + row * length;
+    auto [first, is_new] = computed.emplace(std::vector<int64_t>(ids, ids + length), row);
+    const float* from = embeddings.data() + first->second * row_size;
+    Tensor context;
+    if (is_new) {
+      Tensor one({1, length}, DType::kI64);
+      std::copy_n(ids, length, one.data<int64_t>());
+      std::vector<Tensor> inputs{one};
+      context = encoder.Run(inputs)[0];
+      from = context.data();
+    }
+    std::copy_n(from, row_size, embeddings.data() + row * row_size);
+  }
+  return embeddings;
+}
+
+}  // namespace calotype
