@@ -7,7 +7,7 @@
 #include "core/error.h"
 #include "core/parallel.h"
 #include "io/file.h"
-#include "io/png.h"
+#include "io/jpeg.h"
 
 namespace calotype {
 
@@ -92,7 +92,7 @@ ImageFolder::ImageFolder(const std::filesystem::path& folder, const Options& opt
   std::vector<std::string> failures(entries_.size());
   ParallelFor(size(), 1, [&](int64_t begin, int64_t) {
     try {
-      Image picture = ReadPng(paths[begin]);
+      Image picture = ReadPicture(paths[begin]);
       entries_[begin].image = options_.center_crop ? ResizeAndCrop(picture, options_.side)
                                                    : ResizeShortSide(picture, options_.side);
     } catch (const std::exception& failure) {

@@ -164,7 +164,7 @@ TEST(ImageFolder, LoadsResizesAndSkips) {
   EXPECT_EQ(TensorToImage(set.image(1, random)), ResizeAndCrop(wide, 8));
   ASSERT_EQ(warnings.size(), 3u);
   EXPECT_THAT(warnings[0], AllOf(HasSubstr("broken.png"), HasSubstr("damaged PNG")));
-  EXPECT_THAT(warnings[1], AllOf(HasSubstr("photo.jpg"), HasSubstr("not a PNG file")));
+  EXPECT_THAT(warnings[1], AllOf(HasSubstr("photo.jpg"), HasSubstr("JPEG")));
   EXPECT_THAT(warnings[2], AllOf(HasSubstr("missing.png"), HasSubstr("No such file")));
   EXPECT_THROW(set.caption(3), ValueError);
   EXPECT_THROW(ImageFolder(folder.path(), {.side = 0}, {}), ValueError);
@@ -231,6 +231,18 @@ TEST(ImageFolder, CutsAndMirrorsAtRandom) {
   expect_even(parts({.side = 8}, 1), 3);
   expect_even(parts({.side = 8, .center_crop = true, .random_flip = true}, 0), 2);
   expect_even(parts({.side = 8, .random_flip = true}, 1), 6);
+}
+
+TEST(ImageFolder, ReadsJpegToo) {
+  const std::filesystem::path fixtures =
+      std::filesystem::path(CALOTYPE_TEST_DATA) / "fixtures/pictures";
+  test::TempFolder folder;
+  std::filesystem::copy(fixtures / "baseline.jpg", folder / "a.jpg");
+  folder.Write("metadata.jsonl", ImageFolderLine("a.jpg", "a"));
+  ImageFolder set(folder.path(), {.side = 29, .center_crop = true}, {});
+  Random random(1);
+  EXPECT_EQ(TensorToImage(set.image(0, random)),
+            ResizeAndCrop(ReadPng(fixtures / "baseline.png"), 29));
 }
 
 TEST(ImageFolder, SeveralCaptionsOfAPicture) {
