@@ -105,8 +105,10 @@ void AddTrain(CLI::App& app, Selected& selected) {
       "Examples:\n"
       "  calotype train --data emoji --unet small32 --out run --batch-size 32 --steps 3000\n"
       "  calotype train --out run --resume\n"
-      "DATA is `shapes` or a folder of PNG pictures with metadata.jsonl, a line a picture:\n"
-      "  {\"file_name\": \"a.png\", \"text\": \"its caption\"}");
+      "DATA is `shapes` or a folder of PNG or JPEG pictures with metadata.jsonl, a line a "
+      "picture:\n"
+      "  {\"file_name\": \"a.png\", \"text\": \"its caption\"}, or a list of captions\n"
+      "MODEL, a folder of Stable Diffusion, is fine-tuned on the latents of its autoencoder.");
   auto command = std::make_shared<Command>();
   train
       ->add_option("-o,--out,--output,--output-dir", command->folder,

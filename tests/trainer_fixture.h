@@ -19,6 +19,17 @@
 
 namespace calotype::test {
 
+// The values of a field in the lines of metrics.jsonl that have it.
+inline std::vector<double> Losses(const std::string& metrics, const char* field) {
+  std::vector<double> values;
+  std::istringstream lines(metrics);
+  for (std::string line; std::getline(lines, line);) {
+    auto record = nlohmann::json::parse(line);
+    if (record.contains(field)) values.push_back(record[field].get<double>());
+  }
+  return values;
+}
+
 class TrainerTest : public ::testing::Test {
  protected:
   TrainerTest() {
