@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <map>
+#include <set>
 #include <string_view>
 
 #include "core/debug.h"
@@ -14,6 +16,7 @@
 #include "jit/kernel_info.h"
 #include "jit/orc.h"
 #include "jit/plan.h"
+#include "jit/tune.h"
 
 namespace calotype::jit {
 
@@ -106,6 +109,43 @@ void CheckBudget(const MemoryPlan& plan, int64_t budget) {
       needed, plan.arena_bytes, plan.persistent_bytes + plan.derived_bytes, whose, budget);
 }
 
+// The memory of weights that are released may be filled again.
+int64_t WinogradBytes(const ComputationGraph& graph, const CompileOptions& options) {
+  if (options.winograd == Winograd::kOff) return 0;
+  int64_t bytes = options.winograd_bytes;
+  if (!options.release_weights) return bytes;
+  for (const ComputationNode& node : graph.nodes()) {
+    if (node.parameter) bytes = CheckedAdd(bytes, node.parameter->value().bytes(), "winograd");
+  }
+  return bytes;
+}
+
+// For each prepare step the parameters that no later step reads.
+std::vector<std::vector<ParameterPtr>> Releases(const LoweredProgram& program,
+                                                const ExecutableData& data) {
+  std::map<int, size_t> last;  // number of the parameter -> prepare step
+  std::set<int> read;          // in every run
+  auto over = [&](const std::vector<Step>& steps, auto f) {
+    for (size_t s = 0; s < steps.size(); ++s) {
+      for (int b : steps[s].buffers) {
+        if (program.buffers[b].storage == Storage::kParameter) f(program.buffers[b].index, s);
+      }
+    }
+  };
+  over(program.prepare, [&](int parameter, size_t s) { last[parameter] = s; });
+  over(program.derive, [&](int parameter, size_t) { read.insert(parameter); });
+  over(program.steps, [&](int parameter, size_t) { read.insert(parameter); });
+  for (const IndexCheck& index : program.checks) {
+    const Buffer& buffer = program.buffers[index.view.buffer];
+    if (buffer.storage == Storage::kParameter) read.insert(buffer.index);
+  }
+  std::vector<std::vector<ParameterPtr>> release(program.prepare.size());
+  for (auto [parameter, step] : last) {
+    if (!read.count(parameter)) release[step].push_back(data.parameters[parameter]);
+  }
+  return release;
+}
+
 }  // namespace
 
 Winograd ParseWinograd(std::string_view name) {
@@ -119,15 +159,38 @@ bool JitEnabled() { return EnvironmentMode() != Mode::kOff; }
 std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const CompileOptions& options) {
   Mode mode = EnvironmentMode();
   Check<UnsupportedError>(mode != Mode::kOff, "compile: CALOTYPE_JIT=off forbids it; run eagerly");
+  Check<UnsupportedError>(!options.release_weights || graph.updates().empty(),
+                          "compile: the graph updates {} parameters, so none can be released",
+                          graph.updates().size());
   auto start = std::chrono::steady_clock::now();
-  auto program = std::make_shared<LoweredProgram>(Lower(
-      graph, {.fuse = options.fuse && PassEnabled("fuse"),
-              .winograd_bytes = options.winograd == Winograd::kOff ? 0 : options.winograd_bytes,
-              .rare_inputs = options.rare_inputs}));
+  std::unique_ptr<Tuner> tuner;
+  if (options.tune) tuner = std::make_unique<Tuner>();
+  auto program = std::make_shared<LoweredProgram>(
+      Lower(graph, {.fuse = options.fuse && PassEnabled("fuse"),
+                    .tuner = tuner.get(),
+                    .winograd_bytes = WinogradBytes(graph, options),
+                    .rare_inputs = options.rare_inputs}));
+  for (Step& step : program->steps) {
+    auto* contraction = std::get_if<ContractionSpec>(&step.spec);
+    if (tuner && contraction) contraction->schedule = tuner->ScheduleOf(*contraction);
+  }
+  const double lower_ms = MillisecondsSince(start);
+  return CompileProgram(std::move(program), options, [&](ExecutableStats& stats) {
+    stats.lower_ms = lower_ms;
+    if (!tuner) return;
+    stats.tuned = tuner->choices();
+    stats.measured = tuner->measured();
+  });
+}
+
+std::unique_ptr<Executable> CompileProgram(std::shared_ptr<LoweredProgram> program,
+                                           const CompileOptions& options,
+                                           const std::function<void(ExecutableStats&)>& count) {
+  const Mode mode = EnvironmentMode();
   MemoryPlan plan = PlanMemory(*program);
   CheckBudget(plan, options.memory_bytes);
   ExecutableData data;
-  data.stats.lower_ms = MillisecondsSince(start);
+  if (count) count(data.stats);
 
   if (DebugEnabled("fuse")) DebugLine(ToString(*program));
   if (!DumpFolder().empty()) Dump("lowered.txt", ToString(*program));
@@ -136,7 +199,7 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
                           plan.max_live_bytes, plan.persistent_bytes));
   }
 
-  start = std::chrono::steady_clock::now();
+  auto start = std::chrono::steady_clock::now();
   std::vector<NamedSpec> specs;
   for (const auto* steps : {&program->prepare, &program->derive, &program->steps}) {
     for (const Step& step : *steps) specs.push_back({step.spec, step.label});
@@ -187,6 +250,7 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
       }
     }
   }
+  if (options.release_weights) data.release = Releases(*program, data);
   data.stats.regions = program->regions;
   data.stats.conversions = program->conversions;
   data.stats.copies = program->copies;
@@ -204,7 +268,10 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
   data.stats.persistent_bytes = plan.persistent_bytes;
   data.stats.derived_bytes = plan.derived_bytes;
   data.code = kernels;
-  if (mode == Mode::kCheck || options.check) data.make_checker = MakeChecker(program);
+  const bool check = mode == Mode::kCheck || options.check;
+  Check<UnsupportedError>(!check || data.release.empty(),
+                          "compile: checking reads the weights, so they cannot be released");
+  if (check) data.make_checker = MakeChecker(program);
   return std::make_unique<Executable>(std::move(data));
 }
 

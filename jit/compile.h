@@ -19,6 +19,8 @@
 
 namespace calotype::jit {
 
+struct LoweredProgram;
+
 enum class Winograd : uint8_t { kAuto, kOff };
 // Errors: ValueError for a name other than auto and off.
 Winograd ParseWinograd(std::string_view name);
@@ -28,9 +30,17 @@ struct CompileOptions {
   // kAuto: 3x3 convolutions are computed by Winograd's F(4x4, 3x3) or F(2x2, 3x3) where that pays:
   // two to three times as fast, with up to twice the rounding error of the direct sum. Their
   // transformed kernels, 4 or 1.8 times as large as the kernels, stay within winograd_bytes
-  // altogether.
+  // altogether; with release_weights, within so much more as the weights of the graph take.
   Winograd winograd = Winograd::kAuto;
   int64_t winograd_bytes = int64_t{4} << 30;
+  // Measures on this machine, for a few seconds at most, which algorithm and which order of the
+  // tiles is fastest for each convolution and product, instead of estimating it. What has been
+  // measured is kept in the compile cache.
+  bool tune = false;
+  // Frees the weights that have been packed, so that they are not in memory twice. The graph's
+  // layers lose them: to compile again, or to run eagerly, load them again. Errors:
+  // UnsupportedError for a graph that updates parameters.
+  bool release_weights = false;
   // The most that the values of one run and the packed weights may take, beside the parameters,
   // inputs and outputs, which are the caller's. 0: the memory of the machine.
   int64_t memory_bytes = 0;
@@ -52,6 +62,12 @@ bool JitEnabled();
 // InternalError.
 std::unique_ptr<Executable> Compile(const ComputationGraph& graph,
                                     const CompileOptions& options = {});
+
+// The last part of Compile, for the tuner: from the lowered graph to machine code.
+// `count` may add to the statistics.
+std::unique_ptr<Executable> CompileProgram(
+    std::shared_ptr<LoweredProgram> program, const CompileOptions& options,
+    const std::function<void(ExecutableStats&)>& count = nullptr);
 
 // A function that is compiled for each set of input types it is called with. Keeps the most
 // recently used `capacity` specialisations.

@@ -277,7 +277,7 @@ int64_t Footprint(std::vector<std::pair<int64_t, int64_t>> nest) {
 // of a block of the other operand pass by; the block stays while the next panels pass by.
 class Order {
  public:
-  Order(int64_t chunks, ContractionPlan& plan) : plan_(plan) {
+  Order(int64_t chunks, int schedule, ContractionPlan& plan) : plan_(plan) {
     streamed_ = plan.lane < 0 || plan.out[plan.lane].strides[1] != 0 ? 1 : 0;
     for (int d = 0; d < static_cast<int>(plan.out.size()); ++d) {
       const Dim& dim = plan.out[d];
@@ -300,9 +300,11 @@ class Order {
     }
     for (const Dim& d : plan.sum) panel_floats *= d.extent;
     block_floats_ = panel_floats > kManyPanelFloats ? kLargeBlockFloats : kBlockFloats;
+    if (schedule == kSmallBlocks) block_floats_ /= 4;
+    if (schedule == kLargeBlocks) block_floats_ *= 4;
     // Enough for even shares of many threads; more would tear tiles apart that share a panel.
     enough_ = chunks == 1 ? 1 : std::min<int64_t>(4 * chunks, kUnits);
-    CutSum();
+    if (schedule != kWholeSum) CutSum();
     for (size_t k = plan.sum_blocks; k < plan.sum.size(); ++k) {
       nest_.emplace_back(plan.sum[k].extent, plan.sum[k].strides[1 - streamed_]);
     }
@@ -427,7 +429,7 @@ ContractionPlan PlanContraction(const ContractionSpec& spec, const Target& targe
   ContractionPlan plan;
   Arrange(spec, plan);
   ChooseTile(spec, target, plan);
-  Order order(std::max<int64_t>(Chunks(KernelSpec(spec)), 1), plan);
+  Order order(std::max<int64_t>(Chunks(KernelSpec(spec)), 1), spec.schedule, plan);
   return plan;
 }
 

@@ -49,6 +49,15 @@ struct ContractionPlan {
 // `columns`. 0 if no width suits: then all of them.
 int64_t PanelWidth(int64_t columns, const Target& target);
 
+// Orders of the tiles that ContractionSpec::schedule chooses from: 0 is the cost model's.
+enum Schedule : uint8_t {
+  kEstimated,
+  kWholeSum,     // no sum is cut into blocks
+  kSmallBlocks,  // a quarter of the broadcast operand in one unit of work
+  kLargeBlocks,  // four times as much
+  kSchedules,
+};
+
 ContractionPlan PlanContraction(const ContractionSpec& spec, const Target& target);
 
 }  // namespace calotype::jit

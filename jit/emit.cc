@@ -164,6 +164,7 @@ void Emitter::If(Value* condition, llvm::function_ref<void()> body) {
 }
 
 std::pair<llvm::Value*, llvm::Value*> Emitter::Units(int64_t units, int64_t chunks) {
+  if (chain_) return {I64(0), I64(units)};
   if (units == chunks) return {begin, end};
   auto bound = [&](Value* chunk) { return b.CreateSDiv(Mul(chunk, units), I64(chunks)); };
   return {bound(begin), bound(end)};
@@ -191,7 +192,14 @@ llvm::Value* Emitter::Base(const Operand& operand) {
     base = entry.CreateLoad(entry.getPtrTy(),
                             entry.CreateConstGEP1_64(entry.getPtrTy(), pointers_, operand.pointer));
   }
-  return At(base, operand.dtype, operand.offset);
+  Value* here = At(base, operand.dtype, operand.offset);
+  return chain_ ? At(here, operand.dtype, chain_, operand.chain) : here;
+}
+
+void Emitter::InChain(Value* index, llvm::function_ref<void()> body) {
+  chain_ = index;
+  body();
+  chain_ = nullptr;
 }
 
 llvm::Value* Emitter::At(Value* pointer, DType dtype, int64_t elements) {
@@ -254,6 +262,12 @@ void Emitter::Store(Value* value, Value* pointer, DType dtype, int64_t stride, i
                            align);
     }
   }
+}
+
+void Emitter::Prefetch(Value* pointer, bool to_write) {
+  constexpr int kNear = 3, kData = 1;
+  b.CreateIntrinsic(llvm::Intrinsic::prefetch, {pointer->getType()},
+                    {pointer, b.getInt32(to_write), b.getInt32(kNear), b.getInt32(kData)});
 }
 
 llvm::Value* Emitter::Spread(Value* pointer, DType dtype, int64_t outer, int64_t inner,
@@ -331,6 +345,20 @@ Emitter::Values Emitter::Transpose(const Values& rows) {
   return now;
 }
 
+void EmitChain(Emitter& e, const ChainSpec& spec) {
+  struct {
+    Emitter& e;
+    void operator()(const LoopSpec& s) { EmitLoop(e, s); }
+    void operator()(const ReduceSpec& s) { EmitReduce(e, s); }
+  } visitor{e};
+  auto [first, last] = e.Units(spec.extent, Chunks(spec));
+  e.For(first, last, 1, [&](llvm::Value* index) {
+    e.InChain(index, [&] {
+      for (const ChainSpec::Link& link : spec.links) std::visit(visitor, link);
+    });
+  });
+}
+
 void EmitKernel(const Target& target, llvm::Module& module, const std::string& name,
                 const KernelSpec& spec) {
   Emitter e(target, module, name);
@@ -339,6 +367,7 @@ void EmitKernel(const Target& target, llvm::Module& module, const std::string& n
       Emitter& e;
       void operator()(const LoopSpec& s) { EmitLoop(e, s); }
       void operator()(const ReduceSpec& s) { EmitReduce(e, s); }
+      void operator()(const ChainSpec& s) { EmitChain(e, s); }
       void operator()(const ContractionSpec& s) { EmitContraction(e, s); }
       void operator()(const AttentionSpec& s) { EmitAttention(e, s); }
       void operator()(const AttentionGradientSpec& s) { EmitAttentionGradient(e, s); }

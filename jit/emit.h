@@ -63,6 +63,10 @@ class Emitter {
               llvm::function_ref<Values(Value*, const Values&)> body);
   Values Fold(int64_t n, Values state, llvm::function_ref<Values(Value*, const Values&)> body);
   void If(Value* condition, llvm::function_ref<void()> body);
+  // How many chunks a spec has: Chunks, but 1 inside a chain, whose links are not divided.
+  int64_t ChunksOf(const KernelSpec& spec) const { return chain_ ? 1 : Chunks(spec); }
+  // Emits `body` as a part of a chain, at this index of the chain's loop.
+  void InChain(Value* index, llvm::function_ref<void()> body);
   // The units [first, last) of `units` that belong to the chunks [begin, end) of `chunks`.
   std::pair<Value*, Value*> Units(int64_t units, int64_t chunks);
   // Splits a flat index into one index for each extent, the last running fastest.
@@ -77,6 +81,8 @@ class Emitter {
   // are converted. Stride 0 loads once and repeats.
   Value* Load(Value* pointer, DType dtype, int64_t stride, int width, int valid);
   void Store(Value* value, Value* pointer, DType dtype, int64_t stride, int width, int valid);
+  // Asks for the cache line at `pointer`.
+  void Prefetch(Value* pointer, bool to_write);
   // A vector whose lane l holds, with x = first + l, the value at (x / group) * outer + (x % group)
   // * inner: what a repeating operand has for two dimensions joined in the lanes.
   Value* Spread(Value* pointer, DType dtype, int64_t outer, int64_t inner, int64_t group,
@@ -104,11 +110,13 @@ class Emitter {
  private:
   llvm::Value* pointers_;
   std::vector<Value*> bases_;
+  Value* chain_ = nullptr;  // the index of the chain's loop
   llvm::BasicBlock* entry_;
 };
 
 void EmitLoop(Emitter& e, const LoopSpec& spec);
 void EmitReduce(Emitter& e, const ReduceSpec& spec);
+void EmitChain(Emitter& e, const ChainSpec& spec);
 void EmitContraction(Emitter& e, const ContractionSpec& spec);
 void EmitAttention(Emitter& e, const AttentionSpec& spec);
 void EmitAttentionGradient(Emitter& e, const AttentionGradientSpec& spec);

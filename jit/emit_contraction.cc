@@ -85,6 +85,7 @@ class ContractionEmitter {
       return EmitInner(0, block, pointers, sizes, nullptr,
                        [&](const Values& here, const Sizes& tile, Value*) {
                          std::vector<Element> elements = Elements(tile);
+                         PrefetchEpilogue(here, elements);
                          Values sums(elements.size(), e_.Splat(0.0, width_));
                          sums = EmitSum(0, here[0], here[1], sums, elements);
                          Finish(here, sums, elements, tile);
@@ -285,6 +286,31 @@ class ContractionEmitter {
       DType dtype = operands_[o]->dtype;
       e_.Store(result, e_.At(pointers[o], dtype, offset(o)), dtype, LaneStride(o), width, valid);
       ++o;
+    }
+  }
+
+  // What the epilogue reads and writes for this tile alone comes into the cache during the sum:
+  // rows far apart, which the processor does not foresee.
+  void PrefetchEpilogue(const Values& pointers, const std::vector<Element>& elements) {
+    constexpr int64_t kLine = 16;  // floats
+    if (plan_.lane < 0) return;
+    const size_t first_output = operands_.size() - spec_.epilogue.outputs.size();
+    for (size_t o = 2; o < operands_.size(); ++o) {
+      if (LaneStride(o) != 1) continue;
+      std::set<int64_t> lines;
+      int64_t highest_row = 0;
+      for (const Element& element : elements) {
+        int64_t row = 0;
+        for (size_t d = 0; d < element.index.size(); ++d) {
+          if (static_cast<int>(d) != plan_.lane) row += element.index[d] * plan_.out[d].strides[o];
+        }
+        highest_row = std::max(highest_row, std::abs(row));
+        lines.insert(row + element.index[plan_.lane] / kLine * kLine);
+      }
+      if (highest_row == 0) continue;  // a bias, which stays in the cache
+      for (int64_t line : lines) {
+        e_.Prefetch(e_.At(pointers[o], operands_[o]->dtype, line), o >= first_output);
+      }
     }
   }
 

@@ -29,7 +29,7 @@ class LoopEmitter {
   }
 
   void Emit() {
-    int64_t chunks = Chunks(KernelSpec(spec_));
+    int64_t chunks = e_.ChunksOf(spec_);
     ChooseUnits(chunks);
     auto [first, last] = e_.Units(units_, chunks);
     if (units_ == 1) {
@@ -374,7 +374,7 @@ bool IsIntegerCopy(const LoopSpec& spec) {
 }
 
 void EmitIntegerCopy(Emitter& e, const LoopSpec& spec) {
-  int64_t chunks = Chunks(KernelSpec(spec));
+  int64_t chunks = e.ChunksOf(spec);
   int64_t units = Product(spec.extents);
   auto [first, last] = e.Units(units, chunks);
   const Operand &from = spec.inputs[0], &to = spec.outputs[0];

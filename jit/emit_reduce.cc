@@ -25,7 +25,7 @@ class ReduceEmitter {
   }
 
   void Emit() {
-    int64_t chunks = Chunks(KernelSpec(spec_));
+    int64_t chunks = e_.ChunksOf(spec_);
     int64_t units = 1;
     if (chunks > 1) {
       for (int d = 0; d < static_cast<int>(out_.size()) && units < 4 * chunks; ++d) {

@@ -16,8 +16,9 @@ std::string Text(const std::vector<int64_t>& values) {
 }
 
 std::string Text(const Operand& operand) {
-  return fmt::format("{}@{}+{}{}", operand.dtype, operand.pointer, operand.offset,
-                     Text(operand.strides));
+  return fmt::format("{}@{}+{}{}{}", operand.dtype, operand.pointer, operand.offset,
+                     Text(operand.strides),
+                     operand.chain ? fmt::format(" by {}", operand.chain) : "");
 }
 
 std::string Text(const std::vector<Operand>& operands) {
@@ -41,9 +42,16 @@ struct Printer {
                        s.kind == ReduceSpec::kSum ? "sum" : "max", Text(s.extents), Text(s.reduced),
                        Text(s.inputs), s.program.ToString(), Text(s.epilogue));
   }
+  std::string operator()(const ChainSpec& s) const {
+    std::string text = fmt::format("chain of {}", s.extent);
+    for (const ChainSpec::Link& link : s.links)
+      text += fmt::format(": {}", std::visit(*this, link));
+    return text;
+  }
   std::string operator()(const ContractionSpec& s) const {
-    return fmt::format("contraction m {} n {} k {} a {} b {} {}", Text(s.m), s.n, Text(s.k),
-                       Text(s.a), Text(s.b), Text(s.epilogue));
+    return fmt::format("contraction m {} n {} k {} a {} b {} {}{}", Text(s.m), s.n, Text(s.k),
+                       Text(s.a), Text(s.b), Text(s.epilogue),
+                       s.schedule ? fmt::format(" schedule {}", s.schedule) : "");
   }
   std::string operator()(const AttentionSpec& s) const {
     return fmt::format(
@@ -99,6 +107,13 @@ struct Estimate {
     return {n * Count(s.reduced) * PerElement(s.inputs.size(), s.program) +
                 n * PerElement(s.epilogue.operands.size(), s.epilogue.program),
             n};
+  }
+  Work operator()(const ChainSpec& s) const {
+    Work work{0, static_cast<double>(s.extent)};
+    for (const ChainSpec::Link& link : s.links) {
+      work.nanoseconds += work.results * std::visit(*this, link).nanoseconds;
+    }
+    return work;
   }
   Work operator()(const ContractionSpec& s) const {
     double n = Count(s.m) * static_cast<double>(s.n);

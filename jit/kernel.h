@@ -27,6 +27,7 @@ struct Operand {
   DType dtype = DType::kF32;
   int64_t offset = 0;
   std::vector<int64_t> strides;
+  int64_t chain = 0;  // the stride along the loop of a ChainSpec around it
   bool operator==(const Operand&) const = default;
 };
 
@@ -60,6 +61,16 @@ struct ReduceSpec {
   bool operator==(const ReduceSpec&) const = default;
 };
 
+// for each index of [0, extent): all links, one after the other. What a link writes for an index
+// the next ones read for the same index, while it is still in cache: the statistics of a row, then
+// the row normalised.
+struct ChainSpec {
+  using Link = std::variant<LoopSpec, ReduceSpec>;
+  int64_t extent = 1;
+  std::vector<Link> links;
+  bool operator==(const ChainSpec&) const = default;
+};
+
 // c[m..., n] = epilogue(sum over k... of a[m..., k...] * b[m..., k..., n]): matrix products, direct
 // convolutions, and the gradients of both are all of this form. m are the outer output dimensions
 // (batch, weight panel, rows, columns), k the reduction (kernel row, kernel column, channel).
@@ -70,6 +81,7 @@ struct ContractionSpec {
   std::vector<int64_t> k;
   Operand a, b;
   Epilogue epilogue;
+  int schedule = 0;  // which of kSchedules (contraction_plan.h) orders the tiles
   bool operator==(const ContractionSpec&) const = default;
 };
 
@@ -123,7 +135,7 @@ struct PhiloxSpec {
   bool operator==(const PhiloxSpec&) const = default;
 };
 
-using KernelSpec = std::variant<LoopSpec, ReduceSpec, ContractionSpec, AttentionSpec,
+using KernelSpec = std::variant<LoopSpec, ReduceSpec, ChainSpec, ContractionSpec, AttentionSpec,
                                 AttentionGradientSpec, GatherSpec, ScatterAddSpec, PhiloxSpec>;
 
 // A canonical text of the whole spec: the key of the compile cache, and what dumps print.

@@ -30,6 +30,15 @@ KernelInfo Info(const ReduceSpec& s) {
   return {"reduction", fmt::format("{} over {}", Text(s.extents), Text(s.reduced))};
 }
 
+KernelInfo Info(const ChainSpec& s) {
+  std::string text = fmt::format("{} times", s.extent);
+  for (const ChainSpec::Link& link : s.links) {
+    KernelInfo info = std::visit([](const auto& l) { return Info(l); }, link);
+    text += fmt::format(", {} {}", info.kind, info.shape);
+  }
+  return {"chain", text};
+}
+
 KernelInfo Info(const ContractionSpec& s) {
   return {"contraction", fmt::format("m {} n {} k {}", Text(s.m), s.n, Text(s.k)),
           2 * Product(s.m) * static_cast<double>(s.n) * Product(s.k)};

@@ -12,6 +12,7 @@ Lowering::Lowering(const ComputationGraph& graph, const LowerOptions& options)
     : graph_(program_.graph = Normalize(graph, options)),
       groups_(graph_, options.fuse),
       layouts_(PreferredLayouts(graph_)),
+      fuse_(options.fuse),
       rare_inputs_(options.rare_inputs) {
   for (const ComputationNode& node : graph_.nodes()) {
     locations_.emplace_back(node.types.size());
@@ -26,6 +27,7 @@ LoweredProgram Lowering::Run() {
   UpdateInPlace();
   SplitByChange(rare_inputs_);
   ClearOnce();
+  if (fuse_) ChainSteps(program_);
   return std::move(program_);
 }
 

@@ -71,10 +71,15 @@ struct LoweredProgram {
   int copies = 0;       // kernels that only move elements otherwise: borders, assembly, outputs
 };
 
+class Tuner;
+
 struct LowerOptions {
   bool fuse = true;
+  Tuner* tuner = nullptr;  // measures what the cost models would estimate (jit/tune.h)
   int64_t winograd_bytes = int64_t{4} << 30;  // memory for the kernels of lower_winograd.h
-  std::vector<std::string> rare_inputs;       // see CompileOptions
+  // 2 or 4: every 3x3 convolution that can be computed by Winograd's of this tile is; 1: none.
+  int forced_tile = 0;
+  std::vector<std::string> rare_inputs;  // see CompileOptions
 };
 
 // Errors: UnsupportedError naming op, label and shapes of a node that cannot be compiled.
@@ -83,6 +88,10 @@ LoweredProgram Lower(const ComputationGraph& graph, const LowerOptions& options 
 // The graph in the ops that the lowering knows: fused ops without a kernel decomposed, the padding
 // of convolutions explicit.
 ComputationGraph Normalize(const ComputationGraph& graph, const LowerOptions& options = {});
+
+// Joins steps that follow one another and work row by row (a norm's statistics, then its result)
+// into chains, where what one writes is only read by others for the same row.
+void ChainSteps(LoweredProgram& program);
 
 // Calls f(operand, written) for every operand of a kernel that the kernel accesses.
 void ForEachOperand(KernelSpec& spec, const std::function<void(Operand&, bool)>& f);

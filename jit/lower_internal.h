@@ -73,6 +73,12 @@ class Lowering {
   LoopOperand FitOperand(ValueId value, const Shape& shape, const AtomAxes& axes);
   std::vector<RegionOutput> Outputs(const Group& group);
   void FinishOutputs(const std::vector<RegionOutput>& outputs, const std::string& label);
+  // What follows the anchor in registers: its program, and what it reads besides.
+  struct RegionEpilogue {
+    ScalarProgram program;
+    std::vector<LoopOperand> operands;
+  };
+  RegionEpilogue EvaluateEpilogue(const Group& group, const std::vector<RegionOutput>& outputs);
   std::string RegionLabel(const Group& group) const;
 
   // --- Contractions (lower_contract.cc).
@@ -81,6 +87,7 @@ class Lowering {
     AtomAxis m, n, k;
   };
   Contraction MakeContraction(Group& group);
+  bool TurnsColumns(const Contraction& c, const AtomAxis& mn, int64_t columns) const;
   View Pack(const View& view, const std::string& label);
   View SinglePieces(ValueId value, std::initializer_list<int> axes);
   bool IsFixed(const View& view) const;
@@ -112,6 +119,7 @@ class Lowering {
   const ComputationGraph& graph_;
   Groups groups_;
   std::vector<std::vector<View>> layouts_;
+  bool fuse_;
   std::vector<std::vector<std::optional<View>>> locations_;
   std::map<int, View> leaves_;
   std::map<std::pair<int, int>, View> row_major_;

@@ -256,9 +256,11 @@ ComputationGraph Normalize(const ComputationGraph& graph, const LowerOptions& op
   }
   current = Rebuild(Optimize(current), EnlargedNode);
   winograd_tiles.clear();
-  for (auto [node, tile] : ChooseWinograd(current, options.winograd_bytes)) {
-    winograd_tiles[&current.node(node)] = tile;
-  }
+  const std::map<int32_t, int> tiles =
+      options.forced_tile > 0 ? ForceWinograd(current, options.forced_tile)
+                              : ChooseWinograd(current, options.winograd_bytes, options.tuner);
+  winograd_tiles.clear();  // measuring lowers other graphs
+  for (auto [node, tile] : tiles) winograd_tiles[&current.node(node)] = tile;
   current = Rebuild(current, WinogradNode);
   winograd_tiles.clear();
   return Rebuild(current, NormalizeNode);

@@ -3,6 +3,7 @@
 
 #include "jit/lower_internal.h"
 #include "jit/lower_ops.h"
+#include "jit/target.h"
 
 namespace calotype::jit {
 
@@ -142,6 +143,16 @@ std::vector<Lowering::RegionOutput> Lowering::Outputs(const Group& group) {
   return outputs;
 }
 
+Lowering::RegionEpilogue Lowering::EvaluateEpilogue(const Group& group,
+                                                    const std::vector<RegionOutput>& outputs) {
+  ProgramBuilder builder(groups_.atoms, 1);
+  std::map<int, int> numbers{{group.anchor, builder.Reserved(0)}};
+  Evaluate(group.body, group.axes, numbers, builder);
+  std::vector<int32_t> results;
+  for (const RegionOutput& output : outputs) results.push_back(numbers.at(output.value.node));
+  return {builder.Finish(results), builder.operands()};
+}
+
 void Lowering::FinishOutputs(const std::vector<RegionOutput>& outputs, const std::string& label) {
   for (const RegionOutput& output : outputs) {
     program_.steps.back().results.push_back({output.value, output.place.view});
@@ -189,11 +200,7 @@ void Lowering::LowerReduce(Group& group, const std::string& label) {
   Evaluate(group.prologue, group.prologue_axes, inside, prologue);
   int summed = Argument(node.inputs[0], input_shape, group.input_axes, inside, prologue);
 
-  ProgramBuilder epilogue(atoms, 1);
-  std::map<int, int> numbers{{group.anchor, epilogue.Reserved(0)}};
-  Evaluate(group.body, group.axes, numbers, epilogue);
-  std::vector<int32_t> results;
-  for (const RegionOutput& output : outputs) results.push_back(numbers.at(output.value.node));
+  const RegionEpilogue epilogue = EvaluateEpilogue(group, outputs);
 
   // Loops: kept atoms in the order of the first output, reduced atoms in the order of the operand
   // that moves most.
@@ -261,10 +268,10 @@ void Lowering::LowerReduce(Group& group, const std::string& label) {
   } else {
     fill(kept, reduced);
   }
-  spec.epilogue.program = epilogue.Finish(results);
+  spec.epilogue.program = epilogue.program;
   spec.epilogue.operands.clear();
   spec.epilogue.outputs.clear();
-  for (const LoopOperand& operand : epilogue.operands()) {
+  for (const LoopOperand& operand : epilogue.operands) {
     spec.epilogue.operands.push_back(MakeOperand(operand.view, StridesAlong(operand, kept)));
   }
   for (const RegionOutput& output : outputs) {
@@ -324,14 +331,28 @@ int64_t Lowering::SumParts(const AtomAxis& m, int64_t n, const AtomAxis& k) cons
   return 1;
 }
 
+// True if a contraction has its columns in the lanes, so that they should lie side by side in what
+// the epilogue reads and writes, and is large enough for turning to pay.
+bool Lowering::TurnsColumns(const Contraction& c, const AtomAxis& mn, int64_t columns) const {
+  constexpr int64_t kFewestResults = 32 * 1024;
+  if (columns < HostTarget().vector_width) return false;
+  int64_t results = 1;
+  for (int atom : mn) results *= groups_.atoms.extent(atom);
+  if (results < kFewestResults) return false;
+  AtomAxis mk = mn;
+  mk.pop_back();
+  for (int atom : groups_.atoms.Leaves(c.k)) mk.push_back(atom);
+  std::vector<int64_t> strides = StridesAlong(c.a, mk);
+  for (size_t i = 0; i + 1 < mn.size(); ++i) {
+    if (strides[i] == 1) return false;  // pixels may lie in the lanes instead
+  }
+  return true;
+}
+
 void Lowering::LowerContraction(Group& group, const std::string& label) {
   Atoms& atoms = groups_.atoms;
   std::vector<RegionOutput> outputs = Outputs(group);
-  ProgramBuilder epilogue(atoms, 1);
-  std::map<int, int> numbers{{group.anchor, epilogue.Reserved(0)}};
-  Evaluate(group.body, group.axes, numbers, epilogue);
-  std::vector<int32_t> results;
-  for (const RegionOutput& output : outputs) results.push_back(numbers.at(output.value.node));
+  RegionEpilogue epilogue = EvaluateEpilogue(group, outputs);
 
   Contraction c = MakeContraction(group);
   // Only the innermost part of the columns is the vector loop; outer parts are rows.
@@ -342,6 +363,34 @@ void Lowering::LowerContraction(Group& group, const std::string& label) {
   const int64_t columns = n.empty() ? 1 : atoms.extent(n.back());
   AtomAxis mn = m;  // the space of the epilogue
   if (!n.empty()) mn.push_back(n.back());
+
+  // Results and operands whose columns lie far apart (a picture channels-first) are turned by loops
+  // of their own, in square blocks, instead of element by element.
+  std::vector<std::pair<LoopOperand, LoopOperand>> turned;  // temporary, place
+  if (TurnsColumns(c, mn, columns)) {
+    auto apart = [&](const LoopOperand& operand) {
+      const int64_t stride = StridesAlong(operand, mn).back();
+      return stride != 0 && stride != 1;
+    };
+    for (LoopOperand& operand : epilogue.operands) {
+      if (!apart(operand)) continue;
+      std::vector<int64_t> strides = StridesAlong(operand, mn);
+      AtomAxis moving;
+      for (size_t i = 0; i < mn.size(); ++i) {
+        if (strides[i] != 0) moving.push_back(mn[i]);
+      }
+      LoopOperand rows = NewTemporary(moving, label + " (turned)");
+      AddLoop({operand}, Identity(), {rows}, label + " (turned)");
+      ++program_.conversions;
+      operand = rows;
+    }
+    for (RegionOutput& output : outputs) {
+      if (!apart(output.place)) continue;
+      LoopOperand rows = NewTemporary(mn, label + " (to turn)");
+      turned.emplace_back(rows, output.place);
+      output.place = rows;
+    }
+  }
 
   AtomAxis parts;
   if (int64_t count = SumParts(m, columns, k); count > 1) {
@@ -368,8 +417,8 @@ void Lowering::LowerContraction(Group& group, const std::string& label) {
   spec.b = with_n(c.b, mkn);
 
   if (parts.empty()) {
-    spec.epilogue.program = epilogue.Finish(results);
-    for (const LoopOperand& operand : epilogue.operands()) {
+    spec.epilogue.program = epilogue.program;
+    for (const LoopOperand& operand : epilogue.operands) {
       spec.epilogue.operands.push_back(with_n(operand, mn));
     }
     for (const RegionOutput& output : outputs) {
@@ -392,8 +441,8 @@ void Lowering::LowerContraction(Group& group, const std::string& label) {
     loops.push_back(parts[0]);
     sum.inputs = {MakeOperand(partial.view, StridesAlong(partial, loops))};
     sum.program = Identity();
-    sum.epilogue.program = epilogue.Finish(results);
-    for (const LoopOperand& operand : epilogue.operands()) {
+    sum.epilogue.program = epilogue.program;
+    for (const LoopOperand& operand : epilogue.operands) {
       sum.epilogue.operands.push_back(MakeOperand(operand.view, StridesAlong(operand, mn)));
     }
     for (const RegionOutput& output : outputs) {
@@ -401,6 +450,13 @@ void Lowering::LowerContraction(Group& group, const std::string& label) {
           MakeOperand(output.place.view, StridesAlong(output.place, mn)));
     }
     AddReduce(std::move(sum), label + " (sum of parts)");
+  }
+  for (const auto& [rows, place] : turned) {
+    AddLoop({rows}, Identity(), {place}, label + " (turned)");
+    ++program_.conversions;
+    for (RegionOutput& output : outputs) {
+      if (output.place.view.buffer == rows.view.buffer) output.place = place;
+    }
   }
   FinishOutputs(outputs, label);
 }

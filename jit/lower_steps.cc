@@ -25,6 +25,8 @@ struct OperandWalk {
     } else if constexpr (std::is_same_v<T, ReduceSpec>) {
       for (auto& operand : s.inputs) f(operand, false);
       Walk(s.epilogue);
+    } else if constexpr (std::is_same_v<T, ChainSpec>) {
+      for (auto& link : s.links) std::visit(*this, link);
     } else if constexpr (std::is_same_v<T, ContractionSpec>) {
       f(s.a, false);
       f(s.b, false);

@@ -11,6 +11,7 @@
 #include "jit/contraction_plan.h"
 #include "jit/lower_internal.h"
 #include "jit/lower_ops.h"
+#include "jit/tune.h"
 
 namespace calotype::jit {
 
@@ -224,26 +225,63 @@ Candidate Estimate(int32_t number, const ComputationNode& node, const Shape& w, 
   return {number, tile, std::max(compute, stream) + transforms, tile == 1 ? 0 : bytes};
 }
 
+// A convolution with 3x3 kernels, or a gradient of its input, that Winograd's may compute.
+bool Allows(const ComputationGraph& graph, const ComputationNode& node) {
+  if (node.op != &kConv2dOp && node.op != &kConv2dInputGradientOp) return false;
+  const Shape& w = graph.type(node.inputs[1]).shape;
+  return node.attrs.Int("stride") == 1 && w[2] == 3 && w[3] == 3 &&
+         node.types[0].shape.elements() > 0;
+}
+
+bool Divides(const ComputationNode& node, int tile) {
+  const Shape& y = node.types[0].shape;
+  return y[2] % tile == 0 && y[3] % tile == 0;
+}
+
+// Replaces the estimates of all three by measurements.
+void Measure(const ComputationNode& node, const Shape& w, Tuner& tuner,
+             std::span<Candidate> candidates) {
+  const bool gradient = node.op == &kConv2dInputGradientOp;
+  const Shape& y = node.types[0].shape;
+  const int64_t in = w[gradient ? 0 : 1], out = w[gradient ? 1 : 0];
+  Tuner::Times times = tuner.TimesOf({y[0], in, y[2], y[3]}, {out, in, 3, 3});
+  for (Candidate& candidate : candidates) {
+    candidate.nanoseconds = 1e6 * (candidate.tile == 1   ? times.direct
+                                   : candidate.tile == 2 ? times.two
+                                                         : times.four);
+  }
+}
+
 }  // namespace
 
-std::map<int32_t, int> ChooseWinograd(const ComputationGraph& graph, int64_t bytes) {
+std::map<int32_t, int> ForceWinograd(const ComputationGraph& graph, int tile) {
+  std::map<int32_t, int> tiles;
+  for (int32_t i = 0; tile > 1 && i < static_cast<int32_t>(graph.nodes().size()); ++i) {
+    const ComputationNode& node = graph.node(i);
+    if (Allows(graph, node) && Divides(node, tile)) tiles[i] = tile;
+  }
+  return tiles;
+}
+
+std::map<int32_t, int> ChooseWinograd(const ComputationGraph& graph, int64_t bytes, Tuner* tuner) {
   std::map<int32_t, Candidate> now;
   std::vector<Candidate> candidates;
   std::set<int32_t> targets;
   for (const GraphUpdate& update : graph.updates()) targets.insert(update.target.node);
   for (int32_t i = 0; i < static_cast<int32_t>(graph.nodes().size()); ++i) {
     const ComputationNode& node = graph.node(i);
-    if (node.op != &kConv2dOp && node.op != &kConv2dInputGradientOp) continue;
-    const Shape &y = node.types[0].shape, &w = graph.type(node.inputs[1]).shape;
-    if (node.attrs.Int("stride") != 1 || w[2] != 3 || w[3] != 3 || y.elements() == 0) continue;
+    if (!Allows(graph, node)) continue;
+    const Shape& w = graph.type(node.inputs[1]).shape;
     const bool updated = targets.count(node.inputs[1].node) > 0;
-    Candidate direct = Estimate(i, node, w, 1, updated);
+    std::vector<Candidate> all = {Estimate(i, node, w, 1, updated)};
     for (int tile : {4, 2}) {
-      if (y[2] % tile != 0 || y[3] % tile != 0) continue;
-      Candidate candidate = Estimate(i, node, w, tile, updated);
-      if (candidate.nanoseconds < direct.nanoseconds) candidates.push_back(candidate);
+      if (Divides(node, tile)) all.push_back(Estimate(i, node, w, tile, updated));
     }
-    now[i] = direct;
+    if (tuner && bytes > 0 && !updated && all.size() == 3) Measure(node, w, *tuner, all);
+    for (size_t c = 1; c < all.size(); ++c) {
+      if (all[c].nanoseconds < all[0].nanoseconds) candidates.push_back(all[c]);
+    }
+    now[i] = all[0];
   }
   // Of all changes that still fit the one that saves most time for its memory.
   std::map<int32_t, int> chosen;
@@ -386,14 +424,7 @@ void Lowering::LowerWinogradWeight(int node, const std::string& label) {
 void Lowering::LowerWinogradOutput(Group& group, const std::string& label) {
   Atoms& atoms = groups_.atoms;
   std::vector<RegionOutput> outputs = Outputs(group);
-  ProgramBuilder epilogue(atoms, 1);
-  std::map<int, int> numbers{{group.anchor, epilogue.Reserved(0)}};
-  Evaluate(group.body, group.axes, numbers, epilogue);
-  std::vector<int32_t> epilogue_results;
-  for (const RegionOutput& output : outputs) {
-    epilogue_results.push_back(numbers.at(output.value.node));
-  }
-  const ScalarProgram pixel = epilogue.Finish(epilogue_results);
+  const RegionEpilogue epilogue = EvaluateEpilogue(group, outputs);
 
   const AtomAxes& y =
       group.axes.at(group.anchor);  // rows and columns are (tile, pixel of the tile)
@@ -458,10 +489,12 @@ void Lowering::LowerWinogradOutput(Group& group, const std::string& label) {
   for (int i = 0; i < tile_size; ++i) {
     for (int j = 0; j < tile_size; ++j) {
       std::vector<int> arguments = {values[i * tile_size + j]};
-      for (const LoopOperand& operand : epilogue.operands()) {
+      for (const LoopOperand& operand : epilogue.operands) {
         arguments.push_back(builder.Operand(at_pixel(operand, i, j)));
       }
-      for (int32_t result : builder.AppendAll(pixel, arguments)) results.push_back(result);
+      for (int32_t result : builder.AppendAll(epilogue.program, arguments)) {
+        results.push_back(result);
+      }
       for (const RegionOutput& output : outputs) places.push_back(at_pixel(output.place, i, j));
     }
   }

@@ -28,10 +28,16 @@ const ScalarProgram& WinogradInputProgram(int tile);
 const ScalarProgram& WinogradWeightProgram(int tile);
 const ScalarProgram& WinogradOutputProgram(int tile);
 
+class Tuner;
+
 // The tile, 4 or 2, for each node of the graph that is to be computed so; its transformed kernels,
 // P / 9 times the kernels, take at most `bytes` altogether. Those convolutions, and gradients of
-// their inputs, are chosen that a cost model says to gain most for the memory.
-std::map<int32_t, int> ChooseWinograd(const ComputationGraph& graph, int64_t bytes);
+// their inputs, are chosen that a cost model, or the tuner's measurements, say to gain most for the
+// memory.
+std::map<int32_t, int> ChooseWinograd(const ComputationGraph& graph, int64_t bytes,
+                                      Tuner* tuner = nullptr);
+// The tile for each node that can be computed so; none for a tile of 1.
+std::map<int32_t, int> ForceWinograd(const ComputationGraph& graph, int tile);
 // The result from x, already padded, and w; `correlate` as for the weight.
 Value WinogradConvolution(Value x, Value w, bool correlate, int tile);
 

@@ -28,8 +28,8 @@ struct ProfiledStep {
   double ms = 0, cpu_ms = 0;  // mean over the profiled calls
 };
 
-// Wall and CPU times are those of the fastest of alternating calls: noise only adds. CPU time is
-// that of all threads.
+// Wall and CPU times are those of the fastest call of alternating turns of 5 ms or one call: noise
+// only adds. CPU time is that of all threads.
 struct Comparison {
   double flop = 0;  // CountFlop of the graph
   double eager_ms = 0, eager_cpu_ms = 0;

@@ -378,6 +378,44 @@ inline Case RandomReduce(Rng& rng, int64_t most) {
   return test;
 }
 
+// --- ChainSpec
+
+// Of `turns` blocks of rows, whose rows and blocks may lie apart: the sum of each row, its largest
+// difference from the sum, and y = (x - sum) * largest + gain.
+inline Case RowChain(Rng& rng, int64_t turns, int64_t rows, int64_t width) {
+  Case test;
+  const int64_t step = width + rng.Pick({0, 0, 1, 16}), block = rows * step + rng.Pick({0, 0, 5});
+  const int64_t backwards = rng.Chance(0.3) ? -1 : 1;
+  auto matrix = [&](int pointer) {
+    int64_t offset = rng.Pick({0, 3}) + (backwards < 0 ? (turns - 1) * block : 0);
+    return Operand{pointer, DType::kF32, offset, {step, 1}, backwards * block};
+  };
+  auto column = [&](int pointer, bool wide) {
+    Operand operand{pointer, DType::kF32, 0, {1}, rows};
+    if (wide) operand.strides.push_back(0);
+    return operand;
+  };
+  const int64_t elements = turns * block + 3;
+  test.buffers = {{DType::kF32, elements},
+                  {DType::kF32, turns * rows},
+                  {DType::kF32, turns * rows},
+                  {DType::kF32, width},
+                  {DType::kF32, elements}};
+  const Operand x = matrix(0);
+  ReduceSpec sum{.extents = {rows}, .reduced = {width}, .inputs = {x}, .program = Identity()};
+  sum.epilogue = {Identity(), {}, {column(1, false)}};
+  ReduceSpec largest{.kind = ReduceSpec::kMax, .extents = {rows}, .reduced = {width}};
+  largest.inputs = {x, column(1, true)};
+  largest.program = Recorded(2, [](const auto& v) { return v[0] - v[1]; });
+  largest.epilogue = {Identity(), {}, {column(2, false)}};
+  LoopSpec loop{.extents = {rows, width}};
+  loop.inputs = {x, column(1, true), column(2, true), {3, DType::kF32, 0, {0, 1}}};
+  loop.program = Recorded(4, [](const auto& v) { return (v[0] - v[1]) * v[2] + v[3]; });
+  loop.outputs = {matrix(4)};
+  test.spec = ChainSpec{turns, {sum, largest, loop}};
+  return test;
+}
+
 // --- ContractionSpec
 
 inline void Plan(Case& test, const Operand& operand, const std::vector<int64_t>& extents) {

@@ -96,6 +96,27 @@ inline void Run(const ReduceSpec& s, void* const* pointers) {
   });
 }
 
+inline void Run(const ChainSpec& s, void* const* pointers) {
+  auto move = [](std::vector<Operand>& operands, int64_t turn) {
+    for (Operand& operand : operands) operand.offset += turn * operand.chain;
+  };
+  for (int64_t turn = 0; turn < s.extent; ++turn) {
+    for (ChainSpec::Link link : s.links) {
+      if (auto* loop = std::get_if<LoopSpec>(&link)) {
+        move(loop->inputs, turn);
+        move(loop->outputs, turn);
+        Run(*loop, pointers);
+        continue;
+      }
+      auto& reduce = std::get<ReduceSpec>(link);
+      move(reduce.inputs, turn);
+      move(reduce.epilogue.operands, turn);
+      move(reduce.epilogue.outputs, turn);
+      Run(reduce, pointers);
+    }
+  }
+}
+
 inline void Run(const ContractionSpec& s, void* const* pointers) {
   size_t m = s.m.size();
   const auto* a = static_cast<const float*>(pointers[s.a.pointer]);

@@ -115,6 +115,18 @@ TEST_P(KernelTest, Transposes) {
   Check(cases, 4);
 }
 
+TEST_P(KernelTest, Chains) {
+  Rng rng(11);
+  std::vector<Case> cases;
+  for (int64_t width : {1, 5, 16, 33, 320}) {
+    for (int64_t rows : {1, 3, 8}) {
+      for (int64_t turns : {1, 2, 17, 64}) cases.push_back(RowChain(rng, turns, rows, width));
+    }
+  }
+  cases.push_back(RowChain(rng, 4096, 1, 64));
+  Check(cases, 4);
+}
+
 // Short inner dimensions with operands that repeat along them or around them: groups of channels.
 TEST_P(KernelTest, Groups) {
   std::vector<Case> loops, sums;

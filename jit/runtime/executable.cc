@@ -1,5 +1,6 @@
 #include "jit/runtime/executable.h"
 
+#include <malloc.h>
 #include <time.h>
 
 #include <algorithm>
@@ -193,6 +194,15 @@ std::shared_ptr<Executable::Prepared> Executable::Prepare() {
       current = current && prepared_->versions[p] == data_.packed[p]->version();
     }
     if (current) return prepared_;
+    Check<UnsupportedError>(
+        data_.release.empty(),
+        "run: parameter {} has changed, but the weights were released after packing "
+        "(release_weights); compile the graph again",
+        [&]() -> const std::string& {
+          size_t p = 0;
+          while (prepared_->versions[p] == data_.packed[p]->version()) ++p;
+          return data_.packed[p]->name();
+        }());
   }
   // A block that no call uses is written again; otherwise calls keep the old one to their end.
   std::shared_ptr<Prepared> next =
@@ -200,15 +210,39 @@ std::shared_ptr<Executable::Prepared> Executable::Prepare() {
   if (!next->memory) {
     next->memory = AllocateStorage(std::max<int64_t>(data_.stats.persistent_bytes, 64));
   }
+  next->number = prepared_ ? prepared_->number + 1 : 0;
+  if (data_.release.empty()) {
+    RunSteps(data_.prepare, {.persistent = next->memory.get()});
+  } else {
+    PrepareAndRelease({.persistent = next->memory.get()});
+  }
   next->versions.clear();
   for (const ParameterPtr& parameter : data_.packed) {
     next->versions.push_back(parameter->version());
   }
-  next->number = prepared_ ? prepared_->number + 1 : 0;
-  RunSteps(data_.prepare, {.persistent = next->memory.get()});
   if (!data_.prepare.empty()) ++repacks_;
   prepared_ = next;
   return prepared_;
+}
+
+// Step by step, so that weights and packed weights are never all in memory.
+void Executable::PrepareAndRelease(const Places& places) {
+  constexpr int64_t kTrim = int64_t{64} << 20;
+  int64_t untrimmed = 0;
+  for (size_t s = 0; s < data_.prepare.size(); ++s) {
+    RunSteps({&data_.prepare[s], 1}, places);
+    for (const ParameterPtr& parameter : data_.release[s]) {
+      data_.stats.released_bytes += parameter->value().bytes();
+      untrimmed += parameter->value().bytes();
+      parameter->Write() = Tensor();
+    }
+    if (untrimmed >= kTrim || s + 1 == data_.prepare.size()) {
+      untrimmed = 0;
+#if defined(__GLIBC__)
+      malloc_trim(0);  // what was freed between blocks in use goes back to the system
+#endif
+    }
+  }
 }
 
 // What the rare inputs give; makes it if their bytes or the weights have changed.
@@ -243,7 +277,7 @@ std::shared_ptr<Executable::Derived> Executable::Derive(const Prepared& prepared
   return derived_ = next;
 }
 
-void Executable::RunSteps(const std::vector<Step>& steps, const Places& places) const {
+void Executable::RunSteps(std::span<const Step> steps, const Places& places) const {
   std::vector<void*> pointers;
   for (const Step& step : steps) {
     pointers.clear();

@@ -35,6 +35,8 @@ struct ExecutableStats {
   int64_t max_live_bytes = 0;    // the least that any plan of it can need
   int64_t persistent_bytes = 0;  // packed weights
   int64_t derived_bytes = 0;     // what depends on rare inputs
+  int64_t released_bytes = 0;    // of weights that were freed after packing
+  int tuned = 0, measured = 0;   // choices made by measuring; those measured just now
   double lower_ms = 0, compile_ms = 0;
   int64_t runs = 0;
   int64_t repacks = 0;      // runs of the prepare steps
@@ -79,6 +81,9 @@ struct ExecutableData {
   std::vector<TensorType> input_types, output_types;
   std::vector<Buffer> buffers;
   std::vector<Step> prepare, derive, steps;
+  // If not empty: for each prepare step the parameters that are freed after it. Packing is then
+  // done only once.
+  std::vector<std::vector<ParameterPtr>> release;
   std::vector<IndexCheck> checks;
   // Parts of the arena, offset and bytes, that are zero before the first run.
   std::vector<std::pair<int64_t, int64_t>> zeros;
@@ -129,7 +134,8 @@ class Executable {
   std::shared_ptr<Derived> Derive(const Prepared& prepared, std::span<const Tensor> inputs);
   std::unique_ptr<Workspace> NewWorkspace() const;
   static void* Address(const ExecutableData::Buffer& buffer, const Places& places);
-  void RunSteps(const std::vector<ExecutableData::Step>& steps, const Places& places) const;
+  void PrepareAndRelease(const Places& places);
+  void RunSteps(std::span<const ExecutableData::Step> steps, const Places& places) const;
   void Execute(const std::vector<ExecutableData::Step>& steps, void* const* pointers);
   void RunOnce(std::span<const Tensor> inputs, std::span<Tensor> outputs, RunProfile* profile);
   void ExecuteWatched(void* const* pointers, StepChecker* checker, std::span<void* const> addresses,

@@ -1,0 +1,220 @@
+#include "jit/tune.h"
+
+#include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <map>
+#include <vector>
+
+#include "core/parallel.h"
+#include "core/random.h"
+#include "graph/functions.h"
+#include "jit/compile.h"
+#include "jit/contraction_plan.h"
+#include "jit/lower.h"
+#include "jit/orc.h"
+#include "jit/runtime/thread_pool.h"
+
+namespace calotype::jit {
+
+namespace {
+
+constexpr double kFewestProducts = 1e6;  // what takes less than some microseconds is not measured
+constexpr double kGain = 0.98;           // another choice than the model's must be this much faster
+constexpr int kRounds = 5;
+constexpr double kSeconds = 0.05;  // for all calls of one candidate, the first three apart
+
+double Seconds(const std::function<void()>& call) {
+  auto start = std::chrono::steady_clock::now();
+  call();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// The fastest call of each candidate, in turn so that all see the same machine.
+std::vector<double> Fastest(const std::vector<std::function<void()>>& candidates) {
+  std::vector<double> fastest(candidates.size(), HUGE_VAL), spent(candidates.size(), 0);
+  for (const auto& call : candidates) call();
+  for (int round = 0; round < kRounds; ++round) {
+    for (size_t c = 0; c < candidates.size(); ++c) {
+      if (round >= 3 && spent[c] > kSeconds) continue;
+      double seconds = Seconds(candidates[c]);
+      spent[c] += seconds;
+      fastest[c] = std::min(fastest[c], seconds);
+    }
+  }
+  return fastest;
+}
+
+// The bytes that the operands of a spec reach, below and above their pointer.
+struct Reach {
+  int64_t low = 0, high = 0;
+};
+
+std::map<int, Reach> ReachOf(const ContractionSpec& spec) {
+  std::map<int, Reach> reach;
+  auto add = [&](const Operand& operand, std::vector<int64_t> extents) {
+    Reach elements{operand.offset, operand.offset + 1};
+    for (size_t d = 0; d < extents.size(); ++d) {
+      int64_t step = (extents[d] - 1) * operand.strides[d];
+      (step < 0 ? elements.low : elements.high) += step;
+    }
+    Reach& all = reach[operand.pointer];
+    all.low = std::min(all.low, elements.low * DTypeSize(operand.dtype));
+    all.high = std::max(all.high, elements.high * DTypeSize(operand.dtype));
+  };
+  std::vector<int64_t> m = spec.m, mk = spec.m, mn = spec.m;
+  mk.insert(mk.end(), spec.k.begin(), spec.k.end());
+  mn.push_back(spec.n);
+  std::vector<int64_t> mkn = mk;
+  mkn.push_back(spec.n);
+  add(spec.a, mk);
+  add(spec.b, mkn);
+  for (const auto* operands : {&spec.epilogue.operands, &spec.epilogue.outputs}) {
+    for (const Operand& operand : *operands) add(operand, mn);
+  }
+  return reach;
+}
+
+bool Equal(const ContractionPlan& x, const ContractionPlan& y) {
+  return x.outer == y.outer && x.panels == y.panels && x.inner == y.inner && x.block == y.block &&
+         x.sum_blocks == y.sum_blocks;
+}
+
+std::optional<int> ParseChoice(std::string_view text, int choices) {
+  int value = -1;
+  auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size()) return {};
+  if (value < 0 || value >= choices) return {};
+  return value;
+}
+
+}  // namespace
+
+Tuner::Tuner() : cache_(CompileCache::FromEnvironment()) {}
+Tuner::~Tuner() = default;
+
+// All that a measurement depends on: what, the code generator, the processor and the threads.
+std::string Tuner::Key(const std::string& what) const {
+  return fmt::format("choice of {} threads\nbuild {}\n{}\n{}\n", Threads(), kBuildId,
+                     ToString(HostTarget()), what);
+}
+
+Tuner::Times Tuner::TimesOf(const Shape& x, const Shape& w) {
+  ++choices_;
+  const std::string key = Key(fmt::format("convolution of {} by {}", x, w));
+  constexpr double kUnit = 1e6;  // stored as whole nanoseconds
+  if (cache_) {
+    if (std::optional<std::string> found = cache_->Find(key)) {
+      std::array<int64_t, 3> values{};
+      const char *at = found->data(), *end = at + found->size();
+      size_t count = 0;
+      for (; count < values.size() && at != end; ++count) {
+        auto [next, error] = std::from_chars(at, end, values[count]);
+        if (error != std::errc() || values[count] <= 0 || next == end || *next != '\n') break;
+        at = next + 1;
+      }
+      if (count == values.size() && at == end) {
+        auto real = [&](size_t i) { return static_cast<double>(values[i]) / kUnit; };
+        return {real(0), real(1), real(2)};
+      }
+      cache_->Refuse("not the times of three algorithms");
+    }
+  }
+  ++measured_;
+  Random random(0, "tune");
+  Tensor picture = random.NormalTensor(x);
+  Tensor weight = random.NormalTensor(w);
+  std::vector<double> milliseconds;
+  for (int tile : {1, 2, 4}) {  // one at a time: transformed kernels are large
+    ComputationGraph graph;
+    auto parameter = std::make_shared<Parameter>("w", weight);
+    Value y = Conv2d(graph.Input("x", x), graph.ParameterLeaf(parameter), {},
+                     Conv2dOptions::Padded(1, 1));
+    graph.Output("y", y);
+    auto executable =
+        CompileProgram(std::make_shared<LoweredProgram>(Lower(graph, {.forced_tile = tile})), {});
+    std::vector<Tensor> inputs{picture}, outputs = executable->Run(inputs);
+    const double ms = 1e3 * Fastest({[&] { executable->Run(inputs, outputs); }})[0];
+    milliseconds.push_back(std::max(1.0, std::round(ms * kUnit)) / kUnit);  // as it is stored
+  }
+  if (cache_) {
+    std::string text;
+    for (double ms : milliseconds) {
+      text += fmt::format("{}\n", std::llround(ms * kUnit));
+    }
+    cache_->Store(key, text);
+  }
+  return {milliseconds[0], milliseconds[1], milliseconds[2]};
+}
+
+int Tuner::ScheduleOf(const ContractionSpec& spec) {
+  double products = static_cast<double>(spec.n);
+  for (const auto* extents : {&spec.m, &spec.k}) {
+    for (int64_t extent : *extents) products *= static_cast<double>(extent);
+  }
+  if (products < kFewestProducts) return 0;
+  std::vector<ContractionSpec> candidates;
+  std::vector<ContractionPlan> plans;
+  for (int schedule = 0; schedule < kSchedules; ++schedule) {
+    ContractionSpec candidate = spec;
+    candidate.schedule = schedule;
+    ContractionPlan plan = PlanContraction(candidate, HostTarget());
+    bool known = std::any_of(plans.begin(), plans.end(),
+                             [&](const ContractionPlan& other) { return Equal(plan, other); });
+    if (known) continue;
+    candidates.push_back(std::move(candidate));
+    plans.push_back(std::move(plan));
+  }
+  if (candidates.size() == 1) return 0;
+  ++choices_;
+  const std::string key = Key(ToString(KernelSpec(spec)));
+  if (cache_) {
+    if (std::optional<std::string> found = cache_->Find(key)) {
+      if (std::optional<int> choice = ParseChoice(*found, kSchedules)) return *choice;
+      cache_->Refuse("not a schedule");
+    }
+  }
+  ++measured_;
+  std::vector<NamedSpec> specs;
+  for (const ContractionSpec& candidate : candidates) specs.push_back({candidate, "tune"});
+  CompiledKernels kernels = CompileKernels(specs);
+  std::vector<void*> pointers;
+  std::vector<Tensor> memory;
+  Random random(0, "tune");
+  for (auto [pointer, reach] : ReachOf(spec)) {
+    const int64_t floats = (reach.high - reach.low + 3) / 4;
+    memory.push_back(random.NormalTensor({floats}));
+    pointers.resize(static_cast<size_t>(pointer) + 1, nullptr);
+    pointers[pointer] = static_cast<std::byte*>(memory.back().raw()) - reach.low;
+  }
+  const int64_t chunks = Chunks(KernelSpec(spec));
+  struct Call {
+    KernelFunction kernel;
+    void* const* pointers;
+  };
+  std::vector<Call> calls;
+  for (KernelFunction kernel : kernels.functions()) calls.push_back({kernel, pointers.data()});
+  std::vector<std::function<void()>> runs;
+  for (Call& call : calls) {
+    runs.push_back([&call, chunks] {
+      RunChunks(
+          chunks,
+          [](void* context, int64_t chunk) {
+            auto& c = *static_cast<Call*>(context);
+            c.kernel(c.pointers, chunk, chunk + 1);
+          },
+          &call);
+    });
+  }
+  std::vector<double> seconds = Fastest(runs);
+  size_t best = 0;
+  for (size_t c = 1; c < seconds.size(); ++c) {
+    if (seconds[c] < seconds[best] && seconds[c] < kGain * seconds[0]) best = c;
+  }
+  const int choice = candidates[best].schedule;
+  if (cache_) cache_->Store(key, fmt::format("{}", choice));
+  return choice;
+}
+
+}  // namespace calotype::jit

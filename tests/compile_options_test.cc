@@ -1,0 +1,287 @@
+// What Compile can be asked for besides the plain code: choices by measuring, weights released
+// after packing; and two passes over whole programs: chains of row-wise steps, pictures turned in
+// blocks.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+
+#include "core/random.h"
+#include "graph/functions.h"
+#include "graph/interpreter.h"
+#include "jit/compile.h"
+#include "jit/contraction_plan.h"
+#include "jit/lower.h"
+#include "jit/tune.h"
+#include "tests/expect_error.h"
+#include "tests/temp_folder.h"
+
+namespace calotype::jit {
+namespace {
+
+namespace fs = std::filesystem;
+using test::TempFolder;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+ParameterPtr MakeParameter(const std::string& name, const Shape& shape) {
+  return std::make_shared<Parameter>(name, Random(7, name).UniformTensor(shape, -0.5f, 0.5f));
+}
+
+std::vector<Tensor> Randoms(const ComputationGraph& graph) {
+  Random random(5);
+  std::vector<Tensor> inputs;
+  for (int32_t input : graph.inputs()) {
+    inputs.push_back(random.NormalTensor(graph.node(input).types[0].shape));
+  }
+  return inputs;
+}
+
+// The largest difference, relative to the largest expected value, is at most `tolerance`.
+void ExpectNear(const Tensor& actual, const Tensor& expected, double tolerance) {
+  ASSERT_EQ(actual.type(), expected.type());
+  double largest = 0, difference = 0;
+  for (int64_t i = 0; i < expected.elements(); ++i) {
+    double a = actual.data()[i], e = expected.data()[i];
+    ASSERT_TRUE(std::isfinite(a)) << i;
+    largest = std::max(largest, std::abs(e));
+    difference = std::max(difference, std::abs(a - e));
+  }
+  EXPECT_LE(difference, tolerance * largest);
+}
+
+std::vector<Tensor> ExpectSame(Executable& compiled, const ComputationGraph& graph,
+                               double tolerance) {
+  std::vector<Tensor> inputs = Randoms(graph), expected = Interpreter(graph).Run(inputs),
+                      actual = compiled.Run(inputs);
+  for (size_t o = 0; o < expected.size(); ++o) ExpectNear(actual[o], expected[o], tolerance);
+  return actual;
+}
+
+// Gives the compile cache a folder of its own.
+class OwnCache : public testing::Test {
+ protected:
+  OwnCache() {
+    if (const char* old = std::getenv("CALOTYPE_CACHE")) old_ = old;
+    setenv("CALOTYPE_CACHE", folder().c_str(), 1);
+  }
+  ~OwnCache() override {
+    if (old_) {
+      setenv("CALOTYPE_CACHE", old_->c_str(), 1);
+    } else {
+      unsetenv("CALOTYPE_CACHE");
+    }
+  }
+  fs::path folder() const { return temp_ / "cache"; }
+
+ private:
+  TempFolder temp_;
+  std::optional<std::string> old_;
+};
+
+// ------------------------------------------------------------------------------------- tuning
+
+using Tune = OwnCache;
+
+// A 3x3 convolution that Winograd's could compute, and a product with a long sum.
+ComputationGraph TunedGraph() {
+  ComputationGraph graph;
+  Value x = graph.Input("x", {1, 32, 16, 16}), a = graph.Input("a", {96, 4096});
+  graph.Output("conv", Conv2d(x, graph.ParameterLeaf(MakeParameter("w", {32, 32, 3, 3})), {},
+                              Conv2dOptions::Padded(1, 1)));
+  graph.Output("product",
+               MatMul(a, graph.ParameterLeaf(MakeParameter("v", {64, 4096})), false, true));
+  return graph;
+}
+
+TEST_F(Tune, ChoicesAreStoredAndNotMeasuredAgain) {
+  ComputationGraph graph = TunedGraph();
+  auto first = Compile(graph, {.tune = true}), second = Compile(graph, {.tune = true});
+  EXPECT_GE(first->Stats().tuned, 2);
+  EXPECT_EQ(first->Stats().measured, first->Stats().tuned);
+  EXPECT_EQ(second->Stats().tuned, first->Stats().tuned);
+  EXPECT_EQ(second->Stats().measured, 0);
+  EXPECT_EQ(second->Stats().cache_misses, 0) << "the same choices give the same kernels";
+  std::vector<Tensor> inputs = Randoms(graph);
+  std::vector<Tensor> x = ExpectSame(*first, graph, 2e-5), y = second->Run(inputs);
+  for (size_t o = 0; o < x.size(); ++o) ExpectNear(y[o], x[o], 0);
+}
+
+TEST_F(Tune, WithoutItNothingIsMeasured) {
+  auto compiled = Compile(TunedGraph());
+  EXPECT_EQ(compiled->Stats().tuned, 0);
+  EXPECT_EQ(compiled->Stats().measured, 0);
+}
+
+TEST_F(Tune, DamagedChoicesAreMeasuredAnew) {
+  ComputationGraph graph = TunedGraph();
+  const int all = Compile(graph, {.tune = true})->Stats().measured;
+  for (const auto& entry : fs::directory_iterator(folder())) {  // code and choices
+    std::fstream file(entry.path(), std::ios::binary | std::ios::in | std::ios::out);
+    file.seekp(-70, std::ios::end);  // in the data, before the hash
+    file.put('\x7f');
+  }
+  auto repaired = Compile(graph, {.tune = true});
+  EXPECT_EQ(repaired->Stats().measured, all);
+  ExpectSame(*repaired, graph, 2e-5);
+  EXPECT_EQ(Compile(graph, {.tune = true})->Stats().measured, 0);
+}
+
+TEST_F(Tune, WellFormedEntriesOfOtherContentAreMeasuredAnew) {
+  Tuner first;
+  const Shape x{1, 16, 8, 8}, w{16, 16, 3, 3};
+  Tuner::Times times = first.TimesOf(x, w);
+  for (double ms : {times.direct, times.two, times.four}) EXPECT_GT(ms, 0);
+  Tuner second;
+  EXPECT_EQ(second.TimesOf(x, w).four, times.four);
+  EXPECT_EQ(second.measured(), 0);
+  // The same key with a right hash but no three numbers: what another version might have written.
+  fs::path entry;
+  for (const auto& file : fs::directory_iterator(folder())) {
+    std::ifstream stream(file.path(), std::ios::binary);
+    std::string text{std::istreambuf_iterator<char>(stream), {}};
+    if (text.find("choice of") != std::string::npos) entry = file.path();
+  }
+  ASSERT_FALSE(entry.empty());
+  std::ifstream stream(entry, std::ios::binary);
+  std::string text{std::istreambuf_iterator<char>(stream), {}};
+  const std::string magic = "calotype compile cache 1\n";
+  const std::string last = fmt::format(" by {}\n", w);  // of the key
+  const size_t end = text.find(last) + last.size();
+  const std::string key = text.substr(magic.size(), end - magic.size());
+  for (const char* wrong : {"", "1\n2\n", "1\n2\n3\n4\n", "1\n-2\n3\n", "1\n2\nx\n", "1 2 3"}) {
+    CompileCache(folder()).Store(key, wrong);
+    Tuner third;
+    EXPECT_GT(third.TimesOf(x, w).direct, 0);
+    EXPECT_EQ(third.measured(), 1) << wrong;
+  }
+}
+
+TEST(Schedules, AllComputeTheSame) {
+  // A convolution whose sum the cost model cuts into blocks.
+  ComputationGraph graph;
+  Value x = graph.Input("x", {1, 640, 16, 16});
+  graph.Output("y", Conv2d(x, graph.ParameterLeaf(MakeParameter("w", {64, 640, 3, 3})), {},
+                           Conv2dOptions::Padded(1, 1)));
+  LoweredProgram program = Lower(graph, {.winograd_bytes = 0});
+  std::vector<ContractionSpec> specs;
+  for (const Step& step : program.steps) {
+    if (const auto* spec = std::get_if<ContractionSpec>(&step.spec)) specs.push_back(*spec);
+  }
+  ASSERT_FALSE(specs.empty());
+  EXPECT_GT(PlanContraction(specs[0], HostTarget()).sum_blocks, 0);
+  specs[0].schedule = kWholeSum;
+  EXPECT_EQ(PlanContraction(specs[0], HostTarget()).sum_blocks, 0);
+  for (int schedule = 0; schedule < kSchedules; ++schedule) {
+    auto chosen = std::make_shared<LoweredProgram>(Lower(graph, {.winograd_bytes = 0}));
+    for (Step& step : chosen->steps) {
+      if (auto* spec = std::get_if<ContractionSpec>(&step.spec)) spec->schedule = schedule;
+    }
+    SCOPED_TRACE(schedule);
+    ExpectSame(*CompileProgram(chosen, {}), graph, 2e-5);
+  }
+}
+
+// ----------------------------------------------------------------------------------- releasing
+
+TEST(ReleaseWeights, FreesWhatWasPacked) {
+  ComputationGraph graph;
+  ParameterPtr w = MakeParameter("w", {64, 48}), bias = MakeParameter("bias", {64});
+  graph.Output("y", MatMul(graph.Input("x", {32, 48}), graph.ParameterLeaf(w), false, true,
+                           graph.ParameterLeaf(bias)));
+  std::vector<Tensor> inputs = Randoms(graph), expected = Interpreter(graph).Run(inputs);
+  auto compiled = Compile(graph, {.release_weights = true});
+  EXPECT_EQ(compiled->Stats().released_bytes, 64 * 48 * 4);
+  EXPECT_FALSE(w->value().defined());
+  EXPECT_TRUE(bias->value().defined()) << "every run reads it";
+  for (int run = 0; run < 2; ++run) ExpectNear(compiled->Run(inputs)[0], expected[0], 1e-5);
+  EXPECT_EQ(compiled->Stats().repacks, 1);
+
+  w->Write() = Random(8, "w").UniformTensor({64, 48}, -1, 1);
+  EXPECT_THAT(MessageOf<UnsupportedError>([&] { compiled->Run(inputs); }),
+              AllOf(HasSubstr("parameter w has changed"), HasSubstr("released")));
+}
+
+TEST(ReleaseWeights, IsNothingForTrainingOrChecks) {
+  ComputationGraph training;
+  ParameterPtr w = MakeParameter("w", {8, 8});
+  Value p = training.ParameterLeaf(w);
+  training.Update(p, p * 0.5f);
+  EXPECT_THAT(MessageOf<UnsupportedError>([&] { Compile(training, {.release_weights = true}); }),
+              HasSubstr("updates 1 parameters"));
+  ComputationGraph graph;
+  graph.Output("y", MatMul(graph.Input("x", {32, 8}), graph.ParameterLeaf(w), false, true));
+  EXPECT_THAT(MessageOf<UnsupportedError>(
+                  [&] { Compile(graph, {.release_weights = true, .check = true}); }),
+              HasSubstr("checking reads"));
+  EXPECT_TRUE(w->value().defined());
+}
+
+// -------------------------------------------------------------------------------------- chains
+
+int Chains(const ComputationGraph& graph) {
+  int chains = 0;
+  for (const Step& step : Lower(graph).steps)
+    chains += std::holds_alternative<ChainSpec>(step.spec);
+  return chains;
+}
+
+TEST(Chains, NormsAreOneStep) {
+  for (int64_t batch : {1, 3}) {
+    ComputationGraph rows;
+    rows.Output("y", LayerNorm(rows.Input("x", {batch, 40, 72}), rows.Input("g", {72}),
+                               rows.Input("b", {72}), 1e-5));
+    auto layer = Compile(rows);
+    EXPECT_EQ(layer->Stats().steps, 1) << ToString(Lower(rows));
+    ExpectSame(*layer, rows, 1e-5);
+
+    ComputationGraph picture;
+    picture.Output("y", GroupNorm(picture.Input("x", {batch, 64, 9, 7}), picture.Input("g", {64}),
+                                  picture.Input("b", {64}), 16, 1e-5));
+    auto group = Compile(picture);
+    // With several pictures the step that multiplies by gamma walks them apart from the groups.
+    EXPECT_EQ(group->Stats().steps, batch == 1 ? 1 : 3) << ToString(Lower(picture));
+    ExpectSame(*group, picture, 1e-5);
+  }
+}
+
+TEST(Chains, OnlyStepsWhoseRowsLieApart) {
+  // The second reads the rows of the first one further on, the third all of them.
+  ComputationGraph graph;
+  Value x = graph.Input("x", {65, 80});
+  Value y = Exp(x * 0.1f) / Sum(Exp(x * 0.1f), {1}, true);
+  Value shifted = Slice(y, 0, 1, 64) * Sum(Slice(y, 0, 0, 64), {1}, true);
+  graph.Output("shifted", shifted);
+  graph.Output("columns", shifted / Sum(shifted, {0}, true));
+  ExpectSame(*Compile(graph), graph, 1e-5);
+  ComputationGraph columns;
+  Value z = columns.Input("z", {64, 80});
+  columns.Output("y", z - Sum(z, {0}, true));
+  EXPECT_EQ(Chains(columns), 0) << ToString(Lower(columns));
+  ExpectSame(*Compile(columns), columns, 1e-5);
+}
+
+// ---------------------------------------------------------------------------- channels-first
+
+TEST(Turned, APictureChannelsFirstIsWrittenInBlocks) {
+  ComputationGraph graph;
+  Value x = graph.Input("x", {1, 48, 32, 32}), residual = graph.Input("residual", {1, 64, 32, 32});
+  Value tokens = Reshape(Permute(x, {0, 2, 3, 1}), {1024, 48});
+  Value y = MatMul(tokens * 1.5f, graph.ParameterLeaf(MakeParameter("w", {48, 64})));
+  graph.Output("y", Permute(Reshape(y, {1, 32, 32, 64}), {0, 3, 1, 2}) + residual);
+  LoweredProgram program = Lower(graph);
+  for (const Step& step : program.steps) {
+    const auto* spec = std::get_if<ContractionSpec>(&step.spec);
+    if (spec == nullptr || spec->a.strides.back() != 1) continue;
+    for (const auto* operands : {&spec->epilogue.operands, &spec->epilogue.outputs}) {
+      for (const Operand& operand : *operands) EXPECT_LE(operand.strides.back(), 1);
+    }
+  }
+  ExpectSame(*Compile(graph), graph, 1e-5);
+}
+
+}  // namespace
+}  // namespace calotype::jit
