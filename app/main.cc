@@ -36,6 +36,12 @@ std::vector<std::string> Arguments(int argc, char** argv) {
     auto end = std::find(argument.begin(), argument.end(), '=');
     std::replace(argument.begin() + 2, end, '_', '-');
   }
+  // A command of its own: options of `train` are not all options of `train lora`.
+  auto train = std::find(arguments.begin(), arguments.end(), "train");
+  if (train != arguments.end() && train + 1 != arguments.end() && train[1] == "lora") {
+    *train = "train-lora";
+    arguments.erase(train + 1);
+  }
   std::reverse(arguments.begin(), arguments.end());  // the order that CLI11 takes
   return arguments;
 }
@@ -70,7 +76,9 @@ int Main(int argc, char** argv) {
   app.add_flag("-q,--quiet", selected.quiet, "No progress on stderr");
   AddDemo(app, selected);
   AddTrain(app, selected);
+  AddTrainLora(app, selected);
   AddSample(app, selected);
+  AddLora(app, selected);
   AddData(app, selected);
   AddBench(app, selected);
   AddInfo(app, selected);

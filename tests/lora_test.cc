@@ -6,16 +6,21 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <sstream>
 
+#include "core/parallel.h"
 #include "core/random.h"
 #include "graph/functions.h"
 #include "io/safetensors.h"
 #include "pipelines/graph_runner.h"
 #include "pipelines/lora.h"
 #include "pipelines/lora_names.h"
+#include "pipelines/lora_training.h"
 #include "pipelines/model_folder.h"
+#include "pipelines/training_setup.h"
 #include "tests/expect_error.h"
 #include "tests/temp_folder.h"
+#include "tests/tiny_unet.h"
 
 namespace calotype {
 namespace {
@@ -496,6 +501,152 @@ TEST(LoraTest, FreshTerms) {
   config.targets.push_back("to_x");
   EXPECT_THAT(MessageOf<ValueError>([&] { AddLora(m.model(), config); }), HasSubstr("'to_x'"));
   EXPECT_TRUE(LoraParameters(m.model()).empty());
+}
+
+// ---------------------------------------------------------------- training
+
+TrainOptions TrainingOptions() {
+  SetThreads(1);  // threads would cost more than they give at this size
+  TrainOptions options = LoraTrainDefaults();
+  options.data = "shapes";
+  options.train_batch_size = 4;
+  options.max_train_steps = 100;
+  options.validation_fraction = 0.1;
+  options.validation_steps = 0;
+  options.learning_rate = 2e-2;
+  options.sample_steps = 0;
+  options.checkpointing_steps = 0;
+  options.seed = 3;
+  return options;
+}
+
+constexpr const char* kEverything = "to_q,to_k,to_v,to_out.0,conv1,conv2,proj_in,ff.net.2,conv_in";
+
+// The folder of a model whose weights are random.
+void WriteModel(const test::TempFolder& folder) {
+  folder.Write("unet.json", test::kTinyUNet);
+  TrainOptions options;
+  options.unet = (folder / "unet.json").string();
+  options.caption_layers = 1;
+  options.seed = 1;
+  MakeModel(options, *OpenDataset(options, {}))->Save(folder / "model");
+}
+
+std::vector<double> Losses(const std::filesystem::path& run) {
+  std::vector<double> losses;
+  std::istringstream lines(test::ReadText(run / "metrics.jsonl"));
+  for (std::string line; std::getline(lines, line);) {
+    size_t at = line.find("\"loss\":");
+    if (at != line.npos) losses.push_back(std::stod(line.substr(at + 7)));
+  }
+  return losses;
+}
+
+TEST(LoraTrainingTest, LossFallsWhileTheBaseKeepsItsBits) {
+  test::TempFolder folder;
+  WriteModel(folder);
+  auto model = DiffusionModel::Load(folder / "model");
+  LoraModel target = LoraModelOf(*model);
+  std::vector<std::pair<ParameterPtr, Tensor>> base;
+  for (const ParameterPtr& p : model->NamedParameters()) base.emplace_back(p, p->value().Clone());
+  AddLora(target, {.rank = 4,
+                   .targets = {"to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_in"},
+                   .text_encoder_targets = {"to_q", "to_v"}});
+  TrainOptions options = TrainingOptions();
+  options.model = (folder / "model").string();
+  auto data = OpenDataset(options, {});
+  Trainer trainer(
+      *model, *data, options, folder / "run", false, {},
+      {.parameters = LoraParameters(target), .save = [&](const std::filesystem::path& run) {
+         SaveLora(run / "lora.safetensors", CollectLora(target), LoraDialect::kPeft);
+       }});
+  double before = trainer.Validate().loss;
+  trainer.Run();
+  EXPECT_LT(trainer.Validate().loss, 0.75 * before);
+  for (const auto& [p, value] : base) EXPECT_TRUE(SameBits(p->value(), value)) << p->name();
+  // Only the terms are in the checkpoint.
+  uint64_t bytes = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(folder / "run" / "checkpoints"))
+    bytes += entry.file_size();
+  EXPECT_LT(bytes, 200'000u);
+
+  // The file, merged into the model as it was, gives what was trained.
+  auto fresh = DiffusionModel::Load(folder / "model");
+  WeightedLora lora{LoadLora(folder / "run" / "lora.safetensors")};
+  MergeLora(LoraModelOf(*fresh), {&lora, 1});
+  Random random(1, "test");
+  std::vector<Tensor> inputs = {random.NormalTensor({2, 3, 16, 16}),
+                                Tensor::From<int64_t>({2}, std::vector<int64_t>{3, 600}),
+                                model->Tokens(std::vector<std::string>{"a red circle", ""}, {})};
+  model->SetTrainingMode(false);
+  Tensor trained = model->Forward(inputs)[0];
+  EXPECT_LT(RelativeError(fresh->Forward(inputs)[0], trained), 1e-5);
+  DetachLora(target);
+  EXPECT_GT(RelativeError(model->Forward(inputs)[0], trained), 0.1);
+}
+
+TEST(LoraTrainingTest, ARunContinuesBitForBit) {
+  test::TempFolder folder;
+  WriteModel(folder);
+  TrainOptions options = TrainingOptions();
+  options.model = (folder / "model").string();
+  options.max_train_steps = 12;
+  LoraTrainOptions lora{.rank = 2,
+                        .alpha = 3,
+                        .targets = kEverything,
+                        .train_text_encoder = true,
+                        .text_encoder_targets = "to_q",
+                        .format = "kohya"};
+  TrainLora(lora, options, folder / "whole");
+  int64_t steps = 0;
+  TrainCallbacks stop{.progress = [&](const TrainProgress& p) { steps = p.step; },
+                      .cancelled = [&] { return steps == 5; }};
+  EXPECT_THROW(TrainLora(lora, options, folder / "halves", false, {}, stop), CancelledError);
+  // Options that differ from the run's are refused; the run's count.
+  LoraTrainOptions other = lora;
+  other.rank = 3;
+  EXPECT_THAT(
+      MessageOf<ValueError>([&] { TrainLora(other, options, folder / "halves", true, {"rank"}); }),
+      HasSubstr("rank is 3 here and 2 in the run"));
+  TrainLora({}, {}, folder / "halves", true);
+  EXPECT_EQ(test::ReadText(LoraFileOf(folder / "halves", "kohya")),
+            test::ReadText(LoraFileOf(folder / "whole", "kohya")));
+  EXPECT_EQ(Losses(folder / "halves"), Losses(folder / "whole"));
+  LoraFile file = LoadLora(LoraFileOf(folder / "whole", "kohya"));
+  EXPECT_EQ(file.dialect, LoraDialect::kKohya);
+  EXPECT_EQ(file.modules.begin()->second.alpha, 3);
+}
+
+TEST(LoraTrainingTest, CompiledStepsAreTheSame) {
+  test::TempFolder folder;
+  WriteModel(folder);
+  TrainOptions options = TrainingOptions();
+  options.model = (folder / "model").string();
+  options.max_train_steps = 6;
+  TrainLora({}, options, folder / "eager");
+  options.backend = "jit";
+  TrainLora({}, options, folder / "jit");
+  std::vector<double> eager = Losses(folder / "eager"), compiled = Losses(folder / "jit");
+  ASSERT_EQ(eager.size(), compiled.size());
+  for (size_t i = 0; i < eager.size(); ++i) EXPECT_NEAR(compiled[i], eager[i], 1e-4 * eager[i]);
+}
+
+TEST(LoraTrainingTest, WrongOptions) {
+  test::TempFolder folder;
+  WriteModel(folder);
+  TrainOptions options = TrainingOptions();
+  auto error = [&](const LoraTrainOptions& lora) {
+    return MessageOf<ValueError>([&] { TrainLora(lora, options, folder / "run"); });
+  };
+  EXPECT_THAT(error({}), HasSubstr("needs a model"));
+  options.model = (folder / "model").string();
+  EXPECT_THAT(error({.rank = 0}), HasSubstr("rank is 0"));
+  EXPECT_THAT(error({.alpha = -1}), HasSubstr("alpha is -1"));
+  EXPECT_THAT(error({.targets = ""}), HasSubstr("no targets"));
+  EXPECT_THAT(error({.targets = "to_q,nothing"}), HasSubstr("'nothing'"));
+  EXPECT_THAT(error({.text_encoder_targets = "to_q"}), HasSubstr("no effect"));
+  EXPECT_THAT(error({.format = "processor"}), HasSubstr("read only"));
+  EXPECT_FALSE(std::filesystem::exists(folder / "run"));
 }
 
 }  // namespace

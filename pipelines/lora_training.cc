@@ -1,0 +1,135 @@
+#include "pipelines/lora_training.h"
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "io/atomic_file.h"
+#include "io/file.h"
+#include "pipelines/lora.h"
+#include "pipelines/training_setup.h"
+
+namespace calotype {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::ordered_json;
+
+constexpr const char* kOptionsFile = "lora.json";
+
+std::vector<std::string> SplitList(const std::string& text) {
+  std::vector<std::string> parts;
+  for (size_t begin = 0; begin <= text.size();) {
+    size_t end = std::min(text.find(',', begin), text.size());
+    if (end > begin) parts.push_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return parts;
+}
+
+std::string ToJson(const LoraTrainOptions& options) {
+  ordered_json document;
+  LoraTrainOptions::Visit(
+      options, [&](const char* name, const auto& field, const char*) { document[name] = field; });
+  return document.dump(2) + "\n";
+}
+
+LoraTrainOptions ReadOptions(const fs::path& path) {
+  LoraTrainOptions options;
+  try {
+    ordered_json document = ordered_json::parse(ReadFile(path, 1 << 20));
+    LoraTrainOptions::Visit(options, [&](const char* name, auto& field, const char*) {
+      document.at(name).get_to(field);
+    });
+  } catch (const nlohmann::json::exception& e) {
+    Fail<FileError>("{}: not the options of a LoRA run: {}", path.string(), e.what());
+  }
+  return options;
+}
+
+// Errors: ValueError naming a field of `chosen` that differs.
+void CheckSame(const LoraTrainOptions& stored, const LoraTrainOptions& given,
+               const std::set<std::string>& chosen) {
+  std::map<std::string, ordered_json> fields;
+  LoraTrainOptions::Visit(
+      given, [&](const char* name, const auto& field, const char*) { fields[name] = field; });
+  LoraTrainOptions::Visit(stored, [&](const char* name, const auto& field, const char*) {
+    Check(chosen.count(name) == 0 || fields[name] == ordered_json(field),
+          "resume: {} is {} here and {} in the run; a continued run keeps it", name,
+          fields[name].dump(), ordered_json(field).dump());
+  });
+}
+
+}  // namespace
+
+void Validate(const LoraTrainOptions& o) {
+  Check(o.rank >= 1 && o.rank <= 65536, "training: rank is {}, must be in [1, 65536]", o.rank);
+  Check(std::isfinite(o.alpha) && o.alpha >= 0, "training: alpha is {}, must be 0 or more",
+        o.alpha);
+  Check(!SplitList(o.targets).empty() || o.train_text_encoder, "training: no targets");
+  Check(o.train_text_encoder || o.text_encoder_targets.empty(),
+        "training: text_encoder_targets has no effect without train_text_encoder");
+  Check(ParseLoraDialect(o.format) != LoraDialect::kProcessor,
+        "training: format processor is read only; write peft, diffusers or kohya");
+}
+
+TrainOptions LoraTrainDefaults() {
+  TrainOptions options;
+  options.train_batch_size = 4;
+  options.learning_rate = 1e-4;
+  options.lr_scheduler = "constant";
+  options.lr_warmup_steps = 0;
+  options.ema_decay = 0;
+  options.caption_dropout = 0;
+  options.validation_fraction = 0;
+  return options;
+}
+
+fs::path LoraFileOf(const fs::path& folder, std::string_view format) {
+  return folder /
+         (format == "kohya" ? "lora_kohya.safetensors" : "pytorch_lora_weights.safetensors");
+}
+
+TrainResult TrainLora(LoraTrainOptions lora, TrainOptions options, const fs::path& folder,
+                      bool resume, const std::set<std::string>& chosen, TrainCallbacks callbacks) {
+  if (resume) {
+    LoraTrainOptions stored = ReadOptions(folder / kOptionsFile);
+    CheckSame(stored, lora, chosen);
+    lora = stored;
+    fs::path path = folder / "train.json";
+    options = MergeForResume(ParseTrainOptions(ReadFile(path), path), options, chosen);
+  }
+  Validate(lora);
+  auto message = [&](const std::string& text) {
+    if (callbacks.message) callbacks.message(text);
+  };
+  auto warn = [&](const std::string& text) { message("warning: " + text); };
+  Check(!options.model.empty(), "training: a LoRA needs a model to be trained on");
+  Validate(options);
+  auto data = OpenDataset(options, warn);
+  auto model = MakeModel(options, *data, warn);
+
+  LoraModel target = LoraModelOf(*model);
+  LoraConfig config{.rank = lora.rank, .targets = SplitList(lora.targets), .seed = options.seed};
+  if (lora.alpha > 0) config.alpha = lora.alpha;
+  if (lora.train_text_encoder) {
+    config.text_encoder_targets = SplitList(lora.text_encoder_targets);
+    if (config.text_encoder_targets.empty() && model->text_encoder())
+      config.text_encoder_targets = {"q_proj", "k_proj", "v_proj", "out_proj"};
+    if (config.text_encoder_targets.empty()) config.text_encoder_targets = config.targets;
+  }
+  int64_t terms = AddLora(target, config);
+  TrainTarget trained{.parameters = LoraParameters(target), .save = [&](const fs::path& run) {
+                        SaveLora(LoraFileOf(run, lora.format), CollectLora(target),
+                                 ParseLoraDialect(lora.format));
+                      }};
+  int64_t numbers = 0;
+  for (const ParameterPtr& p : trained.parameters) numbers += p->value().elements();
+  message(fmt::format("{} captions, {} terms of {} numbers beside {} parameters, {} steps of {}",
+                      data->size(), terms, numbers, model->ParameterCount() - numbers,
+                      options.max_train_steps, PicturesOfAStep(options)));
+  Trainer trainer(*model, *data, options, folder, resume, callbacks, trained);
+  if (!resume) WriteFile(folder / kOptionsFile, ToJson(lora));
+  return trainer.Run();
+}
+
+}  // namespace calotype
