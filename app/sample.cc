@@ -8,6 +8,7 @@
 #include "io/image.h"
 #include "io/jpeg.h"
 #include "io/png.h"
+#include "pipelines/lora.h"
 #include "pipelines/text_to_image.h"
 
 namespace calotype::app {
@@ -15,7 +16,8 @@ namespace {
 
 struct Command {
   std::filesystem::path model, out = "output.png", init_image, mask_image;
-  std::vector<std::string> prompts;
+  std::vector<std::string> prompts, loras;
+  bool allow_unmatched = false;
   uint64_t seed = 0;
   int64_t count = 1, side = 0;
   std::string backend = "jit", winograd = "auto";
@@ -44,10 +46,13 @@ void Run(Command& command, bool quiet) {
   if (!command.mask_image.empty()) options.mask_image = ReadPicture(command.mask_image);
   if (options.width == 0) options.width = command.side;
   if (options.height == 0) options.height = command.side;
+  std::vector<WeightedLora> loras;
+  for (const std::string& lora : command.loras) loras.push_back(LoadWeightedLora(lora));
   ProgressBar bar("draw", quiet);
   auto pipeline = TextToImagePipeline::Load(command.model, ParseBackend(command.backend),
                                             {.winograd = jit::ParseWinograd(command.winograd)},
                                             ShowSampling(bar).warn);
+  MergeLora(LoraModelOf(pipeline->model()), loras, {.allow_unmatched = command.allow_unmatched});
   std::vector<Image> pictures = TensorToImages(pipeline->Generate(options, ShowSampling(bar)));
   for (size_t i = 0; i < pictures.size(); ++i) {
     std::filesystem::path path = PathOf(command.out, i, pictures.size());
@@ -72,6 +77,13 @@ void AddSample(CLI::App& app, Selected& selected) {
           "-m,--model,--pretrained-model-name-or-path", command->model,
           "Run folder of `train` or `demo`, or diffusers' folder of a Stable Diffusion model")
       ->required();
+  sample
+      ->add_option("--lora", command->loras,
+                   "LoRA, FILE or FILE:WEIGHT; may be given several times")
+      ->take_all();
+  sample->add_flag("--allow-unmatched", command->allow_unmatched,
+                   "Leave out what of a LoRA belongs to no layer of the model")
+      ->needs("--lora");
   sample->add_option("-p,--prompt", command->prompts, "What to draw; may be given several times")
       ->take_all()
       ->required();
