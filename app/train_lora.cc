@@ -75,6 +75,8 @@ void AddTrainLora(CLI::App& app, Selected& selected) {
                   "Continue the run in the folder from its newest checkpoint");
   auto add = [&](const char* name, auto& field, const char* help) {
     if (kOfTheModel.count(name)) return;
+    if (std::string_view(name) == "model")
+      help = "Folder of the model, which stays as it is: of a run, or Stable Diffusion";
     std::string flag = "--" + std::string(name);
     std::replace(flag.begin(), flag.end(), '_', '-');
     if (auto alias = kAliases.find(name); alias != kAliases.end()) flag += alias->second;

@@ -64,16 +64,16 @@ Match MatchLora(std::span<const LoraTarget> targets, const LoraNames& names, con
   return match;
 }
 
-void CheckMatch(const LoraReport& report, const LoraFile& lora, const LoraOptions& options) {
-  bool allowed = options.allow_unmatched && report.matched > 0 && report.wrong_shape.empty() &&
-                 report.twice.empty();
-  Check<FileError>(
-      report.complete() || allowed, "{}: the LoRA does not fit the model: {}{}", lora.source,
-      report.ToString(),
-      !options.allow_unmatched && report.matched > 0 && report.wrong_shape.empty() &&
-              report.twice.empty()
-          ? "\n(allow_unmatched, on the command line --allow-unmatched, leaves these out)"
-          : "");
+constexpr const char* kAllowHint =
+    "\n(allow_unmatched, on the command line --allow-unmatched, leaves these out)";
+
+// `hint`: what to do about layers that are not there.
+void CheckMatch(const LoraReport& report, const LoraFile& lora, const LoraOptions& options,
+                const char* hint = kAllowHint) {
+  bool only_unmatched = report.matched > 0 && report.wrong_shape.empty() && report.twice.empty();
+  Check<FileError>(report.complete() || (options.allow_unmatched && only_unmatched),
+                   "{}: the LoRA does not fit the model: {}{}", lora.source, report.ToString(),
+                   only_unmatched ? hint : "");
 }
 
 Match CheckedMatch(std::span<const LoraTarget> targets, const LoraFile& lora,
@@ -197,7 +197,8 @@ LoraFile ResolveLora(const LoraFile& lora) {
   CLIPTextModel text_encoder(text);
   std::vector<LoraTarget> targets = LoraTargets({&unet, &text_encoder});
   Match match = MatchLora(targets, LoraNames(Paths(targets)), lora, /*shapes=*/false);
-  CheckMatch(match.report, lora, {});
+  CheckMatch(match.report, lora, {},
+             "\n(these are not layers of Stable Diffusion; name the model that they are of)");
   return Renamed(lora, match, targets);
 }
 

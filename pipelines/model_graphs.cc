@@ -23,7 +23,10 @@ Value ExportLoss(ComputationGraph& graph, DiffusionModel& model, const NoiseSche
   Value context = training.inputs.embeddings
                       ? graph.Input("context", embedded)
                       : model.Encode(graph.Input("tokens", Tokens(model, batch)));
-  LossOptions options{.snr_gamma = training.snr_gamma, .input_noise = {}};
+  LossOptions options{.snr_gamma = training.snr_gamma,
+                      .input_noise = {},
+                      .prior_rows = training.prior_rows,
+                      .prior_loss_weight = training.prior_loss_weight};
   if (training.input_noise) options.input_noise = graph.Input("input_noise", pictures);
   auto denoise = [&](Value noisy) {
     Value prediction = model.Denoise(noisy, timesteps, context);

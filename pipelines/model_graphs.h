@@ -62,6 +62,8 @@ struct TrainingGraphOptions {
   LossInputs inputs;
   double snr_gamma = 0;      // see LossOptions
   bool input_noise = false;  // a further input input_noise behind tokens, see LossOptions
+  int64_t prior_rows = 0;    // of the batch's; see LossOptions
+  double prior_loss_weight = 1;
 };
 // LossGraph with gradients and updates: see ExportTrainingStep.
 ComputationGraph TrainingStepGraph(DiffusionModel& model, const NoiseSchedule& schedule,

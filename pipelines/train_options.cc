@@ -50,7 +50,9 @@ void CheckEffect(const TrainOptions& o) {
   check("ema_inv_gamma", o.ema_inv_gamma != defaults.ema_inv_gamma, o.use_ema_warmup,
         "use_ema_warmup");
   check("ema_power", o.ema_power != defaults.ema_power, o.use_ema_warmup, "use_ema_warmup");
-  const bool folder = o.data != "shapes";
+  check("prior_loss_weight", o.prior_loss_weight != defaults.prior_loss_weight,
+        !o.class_data.empty(), "class_data");
+  const bool folder = o.data != "shapes" || (!o.class_data.empty() && o.class_data != "shapes");
   check("center_crop", o.center_crop, folder, "a folder of pictures");
   check("random_flip", o.random_flip, folder, "a folder of pictures");
 }
@@ -73,6 +75,7 @@ void Validate(const TrainOptions& o) {
   in_range("caption_tokens", static_cast<double>(o.caption_tokens), 0, 1024);
   in_range("caption_layers", static_cast<double>(o.caption_layers), 0, 64);
   in_range("num_train_timesteps", static_cast<double>(o.num_train_timesteps), 1, 1e6);
+  in_range("prior_loss_weight", o.prior_loss_weight, 0, 1e6);
   in_range("train_batch_size", static_cast<double>(o.train_batch_size), 1, 65536);
   in_range("gradient_accumulation_steps", static_cast<double>(o.gradient_accumulation_steps), 1,
            65536);

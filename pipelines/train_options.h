@@ -32,6 +32,8 @@ struct TrainOptions {
   double snr_gamma = 0;
   double noise_offset = 0;
   double input_perturbation = 0;
+  std::string class_data;
+  double prior_loss_weight = 1;
 
   // The optimizer and its schedule.
   int64_t train_batch_size = 64;
@@ -99,6 +101,11 @@ struct TrainOptions {
       "Scale of a noise that is the same in all pixels of a channel", false);
     f("input_perturbation", o.input_perturbation,
       "Scale of a noise that is added to the input but not to the target: 0.1 is usual", false);
+    f("class_data", o.class_data,
+      "Dreambooth: `shapes` or a folder of captioned pictures of the class that shall be kept; each "
+      "batch has as many of them as of the data",
+      false);
+    f("prior_loss_weight", o.prior_loss_weight, "Weight of their loss", false);
     f("train_batch_size", o.train_batch_size, "Pictures in a batch", false);
     f("gradient_accumulation_steps", o.gradient_accumulation_steps,
       "Batches whose mean gradient makes one step", false);

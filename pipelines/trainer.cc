@@ -31,6 +31,7 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::ordered_json;
 
+constexpr std::string_view kClassStream = "class.";
 constexpr size_t kMeanSteps = 50;  // steps of the loss that is shown
 constexpr int64_t kSamples = 16;   // pictures of a sample grid
 constexpr int64_t kSampleSteps = 25;
@@ -160,6 +161,27 @@ std::vector<Tensor> InputsOf(const Batch& batch) {
   return inputs;
 }
 
+// The rows of a, then those of b.
+Tensor JoinRows(const Tensor& a, const Tensor& b) {
+  Check<ShapeError>(a.shape() == b.shape() && a.dtype() == b.dtype(),
+                    "training: a batch of the data has shape {}, one of the class_data {}",
+                    a.shape(), b.shape());
+  Tensor both(a.shape().With(0, 2 * a.shape()[0]), a.dtype());
+  std::memcpy(both.raw(), a.raw(), static_cast<size_t>(a.bytes()));
+  std::memcpy(static_cast<char*>(both.raw()) + a.bytes(), b.raw(), static_cast<size_t>(b.bytes()));
+  return both;
+}
+
+std::unique_ptr<Dataset> ClassDataOf(TrainOptions o, const DiffusionModel& model,
+                                     const TrainCallbacks& callbacks) {
+  if (o.class_data.empty()) return nullptr;
+  o.data = o.class_data;
+  if (o.resolution == 0 && o.data != "shapes") o.resolution = model.side();
+  return OpenDataset(o, [&](const std::string& text) {
+    if (callbacks.message) callbacks.message("warning: " + text);
+  });
+}
+
 }  // namespace
 
 bool HoldsRun(const fs::path& folder) {
@@ -177,14 +199,29 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
       target_{TrainedParameters(model, target), std::move(target.save)},
       backend_(ParseBackend(options.backend)),
       schedule_(model.scheduler()),
+      class_data_(ClassDataOf(options, model, callbacks_)),
       inputs_{.side = data.side() / model.factor(),
-              .embeddings = EmbedsBefore(model, data, target_.parameters)},
+              .embeddings =
+                  EmbedsBefore(model, data, target_.parameters) &&
+                  (!class_data_ || EmbedsBefore(model, *class_data_, target_.parameters))},
       latents_(LatentsOf(model, data, options)),
       batches_(latents_ ? *latents_ : data, CaptionText(model, data, inputs_.embeddings, backend_),
                BatchOptions(options, schedule_)),
       rate_(RateOf(options)) {
   // A bad schedule or prompt is an error before the folder is made, not in the middle of the run.
   rate_.At(0);
+  if (class_data_) {
+    Check(class_data_->side() == data.side(),
+          "training: the pictures of the data have {} pixels a side, those of class_data {}",
+          data.side(), class_data_->side());
+    class_latents_ = LatentsOf(model, *class_data_, options);
+    BatchSource::Options batches = BatchOptions(options, schedule_);
+    batches.validation_fraction = 0;
+    batches.seed = ~batches.seed;  // other noise than that of the data
+    class_batches_ = std::make_unique<BatchSource>(
+        class_latents_ ? *class_latents_ : *class_data_,
+        CaptionText(model, *class_data_, inputs_.embeddings, backend_), batches);
+  }
   if (options_.sample_steps > 0) {
     model_.Tokens(std::vector{options_.validation_prompt},
                   [&](const std::string& text) { Message("warning: " + text); });
@@ -236,8 +273,16 @@ void Trainer::Resume() {
     SetValuesByName(optimizer_->parameters(), parameters);
     SetValuesByName(optimizer_->state(), state);
     SetValuesByName(ema_ ? std::span(ema_->state()) : std::span<const ParameterPtr>(), averages);
-    batches_.SetState(ordered_json::parse(checkpoint->metadata.at("streams"))
-                          .get<std::map<std::string, uint64_t>>());
+    auto streams = ordered_json::parse(checkpoint->metadata.at("streams"))
+                       .get<std::map<std::string, uint64_t>>();
+    batches_.SetState(streams);
+    if (class_batches_) {
+      std::map<std::string, uint64_t> of_class;
+      for (const auto& [name, position] : streams) {
+        if (name.starts_with(kClassStream)) of_class[name.substr(kClassStream.size())] = position;
+      }
+      class_batches_->SetState(of_class);
+    }
     recent_losses_ =
         ordered_json::parse(checkpoint->metadata.at("recent_losses")).get<std::vector<double>>();
     int threads = std::stoi(checkpoint->metadata.at("threads"));
@@ -285,9 +330,13 @@ void Trainer::OpenMetrics() {
 void Trainer::Compile() {
   const int64_t batches = options_.gradient_accumulation_steps;
   model_.unet().EnableGradientCheckpointing(options_.gradient_checkpointing);
+  const int64_t prior = class_batches_ ? options_.train_batch_size : 0;
+  const int64_t rows = options_.train_batch_size + prior;
   TrainingGraphOptions options{.inputs = inputs_,
                                .snr_gamma = options_.snr_gamma,
-                               .input_noise = options_.input_perturbation > 0};
+                               .input_noise = options_.input_perturbation > 0,
+                               .prior_rows = prior,
+                               .prior_loss_weight = options_.prior_loss_weight};
   if (batches > 1) sums_ = GradientSums(*optimizer_);
   auto compile = [&](ComputationGraph graph) {
     auto runner = std::make_unique<GraphRunner>(std::move(graph), backend_);
@@ -295,15 +344,31 @@ void Trainer::Compile() {
     return runner;
   };
   if (batches == 1) {
-    step_runner_ = compile(TrainingStepGraph(model_, schedule_, options_.train_batch_size,
+    step_runner_ = compile(TrainingStepGraph(model_, schedule_, rows,
                                              *optimizer_, ema_.get(), options));
     return;
   }
-  gradient_runner_ = compile(GradientSumGraph(model_, schedule_, options_.train_batch_size,
+  gradient_runner_ = compile(GradientSumGraph(model_, schedule_, rows,
                                               *optimizer_, sums_, batches, options));
   ComputationGraph step;
   ExportStepFromSums(step, *optimizer_, ema_.get(), sums_);
   step_runner_ = compile(std::move(step));
+}
+
+std::vector<Tensor> Trainer::NextBatch() {
+  std::vector<Tensor> inputs = InputsOf(batches_.Next());
+  if (!class_batches_) return inputs;
+  std::vector<Tensor> of_class = InputsOf(class_batches_->Next());
+  for (size_t i = 0; i < inputs.size(); ++i) inputs[i] = JoinRows(inputs[i], of_class[i]);
+  return inputs;
+}
+
+std::map<std::string, uint64_t> Trainer::Streams() const {
+  std::map<std::string, uint64_t> streams = batches_.State();
+  if (!class_batches_) return streams;
+  for (const auto& [name, position] : class_batches_->State())
+    streams[std::string(kClassStream) + name] = position;
+  return streams;
 }
 
 Trainer::StepResult Trainer::Step() {
@@ -314,14 +379,14 @@ Trainer::StepResult Trainer::Step() {
     for (Tensor& input : ema_->Inputs(step_ + 1)) updates.push_back(std::move(input));
   }
   if (!gradient_runner_) {
-    std::vector<Tensor> inputs = InputsOf(batches_.Next());
+    std::vector<Tensor> inputs = NextBatch();
     inputs.insert(inputs.end(), updates.begin(), updates.end());
     std::vector<Tensor> outputs = step_runner_->Run(inputs);
     return {outputs[0].Item(), outputs[1].Item(), rate};
   }
   double loss = 0;
   for (int64_t i = 0; i < options_.gradient_accumulation_steps; ++i)
-    loss += gradient_runner_->Run(InputsOf(batches_.Next()))[0].Item();
+    loss += gradient_runner_->Run(NextBatch())[0].Item();
   double norm = step_runner_->Run(updates)[0].Item();
   return {loss / static_cast<double>(options_.gradient_accumulation_steps), norm, rate};
 }
@@ -440,7 +505,7 @@ void Trainer::WriteState() {
   if (ema_) {
     for (auto& [name, value] : ValuesByName(ema_->state())) checkpoint.tensors[name] = value;
   }
-  checkpoint.metadata["streams"] = ordered_json(batches_.State()).dump();
+  checkpoint.metadata["streams"] = ordered_json(Streams()).dump();
   checkpoint.metadata["recent_losses"] = ordered_json(recent_losses_).dump();
   checkpoint.metadata["threads"] = std::to_string(Threads());
   WriteCheckpoint(folder_ / "checkpoints", checkpoint,

@@ -95,6 +95,8 @@ class Trainer {
   struct StepResult {
     double loss, gradient_norm, learning_rate;
   };
+  std::vector<Tensor> NextBatch();
+  std::map<std::string, uint64_t> Streams() const;
   StepResult Step();
   void Compile();
   void Resume();
@@ -114,9 +116,11 @@ class Trainer {
   TrainTarget target_;
   Backend backend_;
   NoiseSchedule schedule_;
+  std::unique_ptr<Dataset> class_data_;  // with options.class_data
   LossInputs inputs_;
-  std::unique_ptr<LatentDataset> latents_;  // if the model works on latents
+  std::unique_ptr<LatentDataset> latents_, class_latents_;  // if the model works on latents
   BatchSource batches_;
+  std::unique_ptr<BatchSource> class_batches_;
   std::unique_ptr<Optimizer> optimizer_;
   std::unique_ptr<Ema> ema_;
   LearningRateSchedule rate_;

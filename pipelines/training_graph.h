@@ -22,6 +22,11 @@ struct LossOptions {
   double snr_gamma = 0;  // 0: all timesteps count alike
   // The noise of the model's input if it is not the target's; undefined: the same.
   Value input_noise;
+  // Dreambooth: the last prior_rows samples are pictures of the class. The loss is that of the
+  // others plus prior_loss_weight times the mean squared error of these (Ruiz et al. 2022,
+  // arXiv:2208.12242).
+  int64_t prior_rows = 0;
+  double prior_loss_weight = 1;
 };
 
 // mean((prediction - schedule.Target(x, n, t))^2), where prediction = denoise(schedule.AddNoise(x,
@@ -32,8 +37,17 @@ Value DenoisingLoss(const NoiseSchedule& schedule, Value images, Value noise, Va
   Value added = options.input_noise.defined() ? options.input_noise : noise;
   Value prediction = denoise(schedule.AddNoise(images, added, timesteps));
   Value target = schedule.Target(images, noise, timesteps);
-  if (options.snr_gamma == 0) return MeanSquaredError(prediction, target);
-  return WeightedError(prediction, target, timesteps, SnrWeights(schedule, options.snr_gamma));
+  auto error = [&](Value p, Value t, Value at) {
+    if (options.snr_gamma == 0) return MeanSquaredError(p, t);
+    return WeightedError(p, t, at, SnrWeights(schedule, options.snr_gamma));
+  };
+  if (options.prior_rows == 0) return error(prediction, target, timesteps);
+  const int64_t rows = prediction.dim(0) - options.prior_rows;
+  auto first = [&](Value v) { return Slice(v, 0, 0, rows); };
+  auto prior = [&](Value v) { return Slice(v, 0, rows, options.prior_rows); };
+  return error(first(prediction), first(target), first(timesteps)) +
+         MeanSquaredError(prior(prediction), prior(target)) *
+             static_cast<float>(options.prior_loss_weight);
 }
 
 // Adds to the graph of `loss`: its gradients for the optimizer's parameters, the updates of

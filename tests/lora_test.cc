@@ -631,6 +631,45 @@ TEST(LoraTrainingTest, CompiledStepsAreTheSame) {
   for (size_t i = 0; i < eager.size(); ++i) EXPECT_NEAR(compiled[i], eager[i], 1e-4 * eager[i]);
 }
 
+// The loss is that of the data plus prior_loss_weight times that of the class.
+TEST(LoraTrainingTest, DreamboothAddsTheLossOfTheClass) {
+  test::TempFolder folder;
+  WriteModel(folder);
+  TrainOptions options = TrainingOptions();
+  options.model = (folder / "model").string();
+  options.max_train_steps = 1;
+  int runs = 0;
+  auto first_loss = [&] {
+    std::filesystem::path run = folder / fmt::format("run{}", ++runs);
+    TrainLora({}, options, run);
+    return Losses(run).at(0);
+  };
+  double own = first_loss();
+  options.class_data = "shapes";
+  double both = first_loss();
+  options.prior_loss_weight = 0;
+  EXPECT_NEAR(first_loss(), own, 1e-6 * own);
+  options.prior_loss_weight = 3;
+  EXPECT_NEAR(first_loss(), own + 3 * (both - own), 1e-5 * own);
+  EXPECT_GT(both, 1.2 * own);
+  EXPECT_GT(std::abs(both - 2 * own), 1e-3 * own);  // the class has pictures and noise of its own
+
+  // A run continues with both streams where they were.
+  options.max_train_steps = 8;
+  options.gradient_accumulation_steps = 2;
+  TrainLora({}, options, folder / "whole");
+  int64_t steps = 0;
+  TrainCallbacks stop{.progress = [&](const TrainProgress& p) { steps = p.step; },
+                      .cancelled = [&] { return steps == 3; }};
+  EXPECT_THROW(TrainLora({}, options, folder / "halves", false, {}, stop), CancelledError);
+  TrainLora({}, {}, folder / "halves", true);
+  EXPECT_EQ(Losses(folder / "halves"), Losses(folder / "whole"));
+
+  options.class_data = "";
+  EXPECT_THAT(MessageOf<ValueError>([&] { TrainLora({}, options, folder / "x"); }),
+              HasSubstr("prior_loss_weight has no effect without class_data"));
+}
+
 TEST(LoraTrainingTest, WrongOptions) {
   test::TempFolder folder;
   WriteModel(folder);
