@@ -25,6 +25,7 @@ void AddDemo(CLI::App& app, Selected& selected);
 void AddTrain(CLI::App& app, Selected& selected);
 void AddTrainLora(CLI::App& app, Selected& selected);
 void AddSample(CLI::App& app, Selected& selected);
+void AddEdit(CLI::App& app, Selected& selected);
 void AddLora(CLI::App& app, Selected& selected);
 void AddData(CLI::App& app, Selected& selected);
 void AddBench(CLI::App& app, Selected& selected);

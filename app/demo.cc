@@ -5,6 +5,7 @@
 
 #include "app/commands.h"
 #include "app/progress.h"
+#include "pipelines/attention_demo.h"
 #include "pipelines/demo.h"
 
 namespace calotype::app {
@@ -14,6 +15,11 @@ void AddDemo(CLI::App& app, Selected& selected) {
       "demo", "Train, compile and sample a small text-to-image model, with figures");
   command->footer("Example: calotype demo --out demo --seed 1");
   auto options = std::make_shared<DemoOptions>();
+  auto edit = std::make_shared<bool>(false);
+  CLI::Option* edit_flag =
+      command->add_flag("--edit", *edit,
+                        "Edit the pictures of the trained demo in the folder, and map their words: "
+                        "edit.json, edit.png, heat.png");
   command
       ->add_option("-o,--out,--output,--output-dir", options->folder,
                    "Folder for the model, pictures and summary.json")
@@ -41,8 +47,21 @@ void AddDemo(CLI::App& app, Selected& selected) {
       ->add_option("--seeds-per-caption", options->seeds_per_caption,
                    "Pictures of each of the 96 captions")
       ->capture_default_str();
-  command->callback([options, &selected] {
-    selected.run = [options, &selected] {
+  for (const char* trains :
+       {"--optimizer", "--backend", "--steps", "--resume", "--seeds-per-caption"}) {
+    edit_flag->excludes(command->get_option(trains));
+  }
+  command->callback([options, edit, &selected] {
+    selected.run = [options, edit, &selected] {
+      if (*edit) {
+        ProgressBar draw("edit", selected.quiet);
+        AttentionDemoSummary summary = RunAttentionDemo({.folder = options->folder,
+                                                         .seed = options->seed,
+                                                         .sampling_steps = options->sampling_steps},
+                                                        ShowSampling(draw));
+        fmt::print("{}", summary.ToJson());
+        return;
+      }
       DemoCallbacks callbacks;
       {
         ProgressBar train("train", selected.quiet), draw("draw", selected.quiet);

@@ -78,6 +78,7 @@ int Main(int argc, char** argv) {
   AddTrain(app, selected);
   AddTrainLora(app, selected);
   AddSample(app, selected);
+  AddEdit(app, selected);
   AddLora(app, selected);
   AddData(app, selected);
   AddBench(app, selected);

@@ -8,7 +8,9 @@
 #include "io/image.h"
 #include "io/jpeg.h"
 #include "io/png.h"
+#include "pipelines/attention_maps.h"
 #include "pipelines/lora.h"
+#include "pipelines/prompt_encoding.h"
 #include "pipelines/text_to_image.h"
 
 namespace calotype::app {
@@ -20,8 +22,11 @@ struct Command {
   bool allow_unmatched = false;
   uint64_t seed = 0;
   int64_t count = 1, side = 0;
+  bool vae_tiling = false;
   std::string backend = "jit", winograd = "auto";
   GenerateOptions options;
+  std::string prompt_syntax = "plain";
+  std::filesystem::path attention_maps;  // empty: none
 };
 
 // out.png for one picture, else out-000.png, out-001.png, ...
@@ -53,7 +58,26 @@ void Run(Command& command, bool quiet) {
                                             {.winograd = jit::ParseWinograd(command.winograd)},
                                             ShowSampling(bar).warn);
   MergeLora(LoraModelOf(pipeline->model()), loras, {.allow_unmatched = command.allow_unmatched});
+  PromptSyntax syntax = ParsePromptSyntax(command.prompt_syntax);
+  if (syntax != PromptSyntax::kPlain) {
+    options.context = PromptContexts(*pipeline, options, syntax, ShowSampling(bar).warn);
+  }
+  HeatMaps maps;
+  if (!command.attention_maps.empty()) {
+    Check(syntax == PromptSyntax::kPlain,
+          "sample: --attention-maps shows the words of plain prompts, not of --prompt-syntax {}",
+          command.prompt_syntax);
+    options.hooks = maps.Hooks(pipeline->model());
+  }
+  if (command.vae_tiling) {
+    AutoencoderKL* vae = pipeline->model().vae();
+    Check(vae, "sample: --vae-tiling has no effect on a model without an autoencoder");
+    vae->SetTiling(VaeTiling{});
+  }
   std::vector<Image> pictures = TensorToImages(pipeline->Generate(options, ShowSampling(bar)));
+  if (!command.attention_maps.empty()) {
+    WriteHeatMaps(command.attention_maps, maps, pipeline->model(), options.prompts, pictures);
+  }
   for (size_t i = 0; i < pictures.size(); ++i) {
     std::filesystem::path path = PathOf(command.out, i, pictures.size());
     std::vector<PngText> texts{{"parameters", GenerationParameters(pipeline->model(), options, i)}};
@@ -81,14 +105,22 @@ void AddSample(CLI::App& app, Selected& selected) {
       ->add_option("--lora", command->loras,
                    "LoRA, FILE or FILE:WEIGHT; may be given several times")
       ->take_all();
-  sample->add_flag("--allow-unmatched", command->allow_unmatched,
-                   "Leave out what of a LoRA belongs to no layer of the model")
+  sample
+      ->add_flag("--allow-unmatched", command->allow_unmatched,
+                 "Leave out what of a LoRA belongs to no layer of the model")
       ->needs("--lora");
   sample->add_option("-p,--prompt", command->prompts, "What to draw; may be given several times")
       ->take_all()
       ->required();
   sample->add_option("-n,--negative-prompt", options.negative_prompt,
                      "What guidance leads away from");
+  sample
+      ->add_option("--prompt-syntax", command->prompt_syntax,
+                   "plain; a1111: (word:1.3), [from:to:when], AND, BREAK; compel: word++, "
+                   "(words)1.3, (\"a\", \"b\").blend(1, 1)")
+      ->capture_default_str();
+  sample->add_option("--attention-maps", command->attention_maps,
+                     "Folder for a heat map of each word over its picture (DAAM)");
   sample->add_option("--steps,--num-inference-steps", options.steps, "Sampling steps")
       ->capture_default_str();
   sample->add_option(
@@ -109,15 +141,11 @@ void AddSample(CLI::App& app, Selected& selected) {
           "Last layers of CLIP that the prompt skips; as in diffusers, the negative prompt "
           "does not")
       ->capture_default_str();
-  sample
-      ->add_option("-i,--init-image,--init-img", command->init_image,
-                   "Image to image: PNG or JPEG to start from")
-      ->check(CLI::ExistingFile);
-  sample
-      ->add_option(
-          "--mask-image,--mask", command->mask_image,
-          "Inpainting: draw only where this picture, of the size of --init-image, is white")
-      ->check(CLI::ExistingFile);
+  sample->add_option("-i,--init-image,--init-img", command->init_image,
+                     "Image to image: PNG or JPEG to start from");
+  sample->add_option(
+      "--mask-image,--mask", command->mask_image,
+      "Inpainting: draw only where this picture, of the size of --init-image, is white");
   sample->add_option("--strength", options.strength,
                      "Share of the steps taken from --init-image on, 0 to 1 [0.8, with a mask 1]");
   sample->add_option("-W,--width", options.width, "Pixels [the model's, or --init-image's]");
@@ -139,6 +167,8 @@ void AddSample(CLI::App& app, Selected& selected) {
       ->capture_default_str();
   sample->add_option("--batch-size", options.batch_size,
                      "Pictures computed together [64, for latents 1]");
+  sample->add_flag("--vae-tiling", command->vae_tiling,
+                   "Encode and decode large pictures tile by tile, in less memory");
   sample->add_option("--backend", command->backend, "jit or eager")->capture_default_str();
   sample
       ->add_option("--winograd", command->winograd,

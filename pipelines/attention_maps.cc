@@ -6,7 +6,9 @@
 
 #include "core/error.h"
 #include "graph/functions.h"
+#include "io/png.h"
 #include "layers/attention_modules.h"
+#include "pipelines/prompt_tokens.h"
 
 namespace calotype {
 namespace {
@@ -234,6 +236,38 @@ Image HeatMapOverlay(const Image& picture, const Tensor& map) {
     }
   }
   return result;
+}
+
+std::vector<std::filesystem::path> WriteHeatMaps(const std::filesystem::path& folder,
+                                                 const HeatMaps& maps, const DiffusionModel& model,
+                                                 std::span<const std::string> prompts,
+                                                 std::span<const Image> pictures) {
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  Check<FileError>(!error, "{}: cannot make the folder: {}", folder.string(), error.message());
+  std::vector<std::filesystem::path> paths;
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    PromptTokens tokens = TokenizePrompt(model, prompts[i]);
+    std::vector<int64_t> text;
+    for (const auto& positions : tokens.positions) {
+      text.insert(text.end(), positions.begin(), positions.end());
+    }
+    for (size_t word = 0; word < tokens.words.size(); ++word) {
+      auto first = std::find(tokens.words.begin(), tokens.words.end(), tokens.words[word]);
+      bool again = first != tokens.words.begin() + static_cast<int64_t>(word);
+      if (again || tokens.positions[word].empty()) continue;
+      std::string name = tokens.words[word];
+      for (char& c : name) {
+        bool plain = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+                     static_cast<unsigned char>(c) >= 128;
+        if (!plain) c = '_';
+      }
+      paths.push_back(folder / fmt::format("{:03}-{}-{}.png", i, word, name));
+      std::vector<int64_t> positions = tokens.Of(tokens.words[word]);
+      WritePng(paths.back(), HeatMapOverlay(pictures[i], maps.Word(i, positions, text)));
+    }
+  }
+  return paths;
 }
 
 }  // namespace calotype

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <map>
 #include <memory>
@@ -88,5 +89,13 @@ class HeatMaps {
 // laid over the picture in colours from blue (least) over green to red. Pictures of less than 256
 // pixels are enlarged by a whole factor first.
 Image HeatMapOverlay(const Image& picture, const Tensor& map);
+
+// Writes an overlay for each word of each prompt (all its occurrences together), pictures[i] being
+// that of prompts[i]: FOLDER/PICTURE-WORD-TEXT.png, "000-2-circle.png". Returns the paths. Errors:
+// FileError.
+std::vector<std::filesystem::path> WriteHeatMaps(const std::filesystem::path& folder,
+                                                 const HeatMaps& maps, const DiffusionModel& model,
+                                                 std::span<const std::string> prompts,
+                                                 std::span<const Image> pictures);
 
 }  // namespace calotype
