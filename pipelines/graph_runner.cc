@@ -36,6 +36,10 @@ GraphRunner::GraphRunner(ComputationGraph graph, Backend backend,
 
 GraphRunner::~GraphRunner() = default;
 
+int64_t GraphRunner::value_bytes() const {
+  return compiled_ ? compiled_->Stats().arena_bytes : interpreter_->PeakBytes();
+}
+
 std::vector<Tensor> GraphRunner::Run(std::span<const Tensor> inputs) {
   return compiled_ ? compiled_->Run(inputs) : interpreter_->Run(inputs);
 }

@@ -41,6 +41,9 @@ class GraphRunner {
 
   // The compiled form, with its Stats(); null for kEager.
   const jit::Executable* compiled() const { return compiled_.get(); }
+  // Memory of the values between inputs and outputs in one Run, without what eager kernels take for
+  // themselves.
+  int64_t value_bytes() const;
   double compile_seconds() const { return compile_seconds_; }  // 0 for eager
 
  private:

@@ -83,7 +83,7 @@ void Validate(const TrainOptions& o) {
   in_range("noise_offset", o.noise_offset, 0, 10);
   in_range("input_perturbation", o.input_perturbation, 0, 10);
   in_range("max_train_steps", static_cast<double>(o.max_train_steps), 1, 1e9);
-  in_range("learning_rate", o.learning_rate, 0, 1000);
+  if (o.learning_rate != -1) in_range("learning_rate", o.learning_rate, 0, 1000);
   in_range("lr_warmup_steps", static_cast<double>(o.lr_warmup_steps), -1, 1e9);
   in_range("lr_num_cycles", static_cast<double>(o.lr_num_cycles), 1, 1e6);
   in_range("lr_power", o.lr_power, 1e-6, 1e6);
@@ -111,6 +111,11 @@ void Validate(const TrainOptions& o) {
 
 int64_t PicturesOfAStep(const TrainOptions& o) {
   return o.train_batch_size * o.gradient_accumulation_steps;
+}
+
+double PeakLearningRate(const TrainOptions& o) {
+  double rate = o.learning_rate != -1 ? o.learning_rate : o.model.empty() ? 2e-3 : 1e-5;
+  return o.scale_lr ? rate * static_cast<double>(PicturesOfAStep(o)) : rate;
 }
 
 TrainOptions MergeForResume(const TrainOptions& stored, const TrainOptions& given,

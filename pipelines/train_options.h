@@ -40,7 +40,7 @@ struct TrainOptions {
   int64_t gradient_accumulation_steps = 1;
   int64_t max_train_steps = 1000;
   std::string optimizer = "adamw";
-  double learning_rate = 2e-3;
+  double learning_rate = -1;
   bool scale_lr = false;
   std::string lr_scheduler = "cosine";
   int64_t lr_warmup_steps = -1;
@@ -102,7 +102,8 @@ struct TrainOptions {
     f("input_perturbation", o.input_perturbation,
       "Scale of a noise that is added to the input but not to the target: 0.1 is usual", false);
     f("class_data", o.class_data,
-      "Dreambooth: `shapes` or a folder of captioned pictures of the class that shall be kept; each "
+      "Dreambooth: `shapes` or a folder of captioned pictures of the class that shall be kept; "
+      "each "
       "batch has as many of them as of the data",
       false);
     f("prior_loss_weight", o.prior_loss_weight, "Weight of their loss", false);
@@ -111,7 +112,8 @@ struct TrainOptions {
       "Batches whose mean gradient makes one step", false);
     f("max_train_steps", o.max_train_steps, "Optimizer steps", false);
     f("optimizer", o.optimizer, "adamw, adam or sgd", false);
-    f("learning_rate", o.learning_rate, "Peak learning rate", false);
+    f("learning_rate", o.learning_rate,
+      "Peak learning rate; -1: 2e-3 for a new model, 1e-5 to go on with one", false);
     f("scale_lr", o.scale_lr, "Multiply the learning rate by the pictures of a step", false);
     f("lr_scheduler", o.lr_scheduler,
       "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial or "
@@ -173,6 +175,8 @@ TrainOptions MergeForResume(const TrainOptions& stored, const TrainOptions& give
 
 // Pictures that make one optimizer step.
 int64_t PicturesOfAStep(const TrainOptions& options);
+// With the default and scale_lr.
+double PeakLearningRate(const TrainOptions& options);
 // Errors: ValueError naming the field, its value and what is allowed; also for a field that differs
 // from its default although the others leave it without effect.
 void Validate(const TrainOptions& options);

@@ -89,9 +89,8 @@ LearningRateSchedule RateOf(const TrainOptions& o) {
     bool none = o.lr_scheduler == "constant" || o.lr_scheduler == "piecewise_constant";
     warmup = none ? 0 : std::min<int64_t>(100, o.max_train_steps / 10);
   }
-  double scale = o.scale_lr ? static_cast<double>(PicturesOfAStep(o)) : 1;
   return {.name = o.lr_scheduler,
-          .learning_rate = o.learning_rate * scale,
+          .learning_rate = PeakLearningRate(o),
           .warmup_steps = warmup,
           .total_steps = o.max_train_steps,
           .num_cycles = o.lr_num_cycles,
@@ -200,10 +199,10 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
       backend_(ParseBackend(options.backend)),
       schedule_(model.scheduler()),
       class_data_(ClassDataOf(options, model, callbacks_)),
-      inputs_{.side = data.side() / model.factor(),
-              .embeddings =
-                  EmbedsBefore(model, data, target_.parameters) &&
-                  (!class_data_ || EmbedsBefore(model, *class_data_, target_.parameters))},
+      inputs_{
+          .side = data.side() / model.factor(),
+          .embeddings = EmbedsBefore(model, data, target_.parameters) &&
+                        (!class_data_ || EmbedsBefore(model, *class_data_, target_.parameters))},
       latents_(LatentsOf(model, data, options)),
       batches_(latents_ ? *latents_ : data, CaptionText(model, data, inputs_.embeddings, backend_),
                BatchOptions(options, schedule_)),
@@ -344,15 +343,18 @@ void Trainer::Compile() {
     return runner;
   };
   if (batches == 1) {
-    step_runner_ = compile(TrainingStepGraph(model_, schedule_, rows,
-                                             *optimizer_, ema_.get(), options));
-    return;
+    step_runner_ =
+        compile(TrainingStepGraph(model_, schedule_, rows, *optimizer_, ema_.get(), options));
+  } else {
+    gradient_runner_ =
+        compile(GradientSumGraph(model_, schedule_, rows, *optimizer_, sums_, batches, options));
+    ComputationGraph step;
+    ExportStepFromSums(step, *optimizer_, ema_.get(), sums_);
+    step_runner_ = compile(std::move(step));
   }
-  gradient_runner_ = compile(GradientSumGraph(model_, schedule_, rows,
-                                              *optimizer_, sums_, batches, options));
-  ComputationGraph step;
-  ExportStepFromSums(step, *optimizer_, ema_.get(), sums_);
-  step_runner_ = compile(std::move(step));
+  const GraphRunner& batch = gradient_runner_ ? *gradient_runner_ : *step_runner_;
+  Message(fmt::format("values and gradients of a batch take {:.1f} MB",
+                      static_cast<double>(batch.value_bytes()) * 1e-6));
 }
 
 std::vector<Tensor> Trainer::NextBatch() {

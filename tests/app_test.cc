@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -246,6 +247,109 @@ TEST_F(AppTest, UnknownWordsAreNamedAndNothingButThemIsWrongUsage) {
   ProgramResult all = draw("mauve zebra");
   EXPECT_EQ(all.code, 2);
   EXPECT_THAT(all.err, AllOf(HasSubstr("mauve"), HasSubstr("zebra")));
+}
+
+TEST_F(AppTest, TheRecipeIsGivenByOptions) {
+  ProgramResult trained = Calotype(Train("run", {"--min-snr-gamma",
+                                                 "5",
+                                                 "--noise-offset",
+                                                 "0.1",
+                                                 "--input-perturbation",
+                                                 "0.1",
+                                                 "--gradient-accumulation-steps",
+                                                 "2",
+                                                 "--lr-scheduler",
+                                                 "polynomial",
+                                                 "--lr-power",
+                                                 "2",
+                                                 "--scale-lr",
+                                                 "--lr",
+                                                 "1e-4",
+                                                 "--proportion-empty-prompts",
+                                                 "0.3",
+                                                 "--use-ema-warmup",
+                                                 "--ema-power",
+                                                 "0.75",
+                                                 "--gradient-checkpointing"}));
+  ASSERT_EQ(trained.code, 0) << trained.err;
+  EXPECT_THAT(trained.err, HasSubstr("6 steps of 8"));
+  json options = json::parse(ReadText(folder_ / "run/train.json"));
+  EXPECT_EQ(options["snr_gamma"], 5);
+  EXPECT_EQ(options["caption_dropout"], 0.3);
+  EXPECT_EQ(options["gradient_accumulation_steps"], 2);
+  EXPECT_EQ(options["scale_lr"], true);
+  EXPECT_EQ(options["gradient_checkpointing"], true);
+  std::istringstream metrics(ReadText(folder_ / "run/metrics.jsonl"));
+  std::string line;
+  std::getline(metrics, line);
+  json first = json::parse(line);
+  EXPECT_NEAR(first["learning_rate"].get<double>(), 8e-4, 1e-12);
+  // What has no effect is wrong usage, and a continued run keeps what decides it.
+  ProgramResult useless = Calotype(Train("other", {"--lr-power", "2"}));
+  EXPECT_EQ(useless.code, 2);
+  EXPECT_THAT(useless.err, AllOf(HasSubstr("lr_power"), HasSubstr("polynomial")));
+  ProgramResult changed = Calotype(
+      {"train", "--out", folder_ / "run", "--resume", "--noise-offset", "0.2", "--threads", "1"});
+  EXPECT_EQ(changed.code, 2);
+  EXPECT_THAT(changed.err, HasSubstr("noise_offset"));
+}
+
+// A folder that diffusers wrote, and one that it can read: the frozen parts byte for byte.
+TEST_F(AppTest, StableDiffusionIsTrainedOnLatents) {
+  const fs::path base = fs::path(CALOTYPE_TEST_DATA) / "fixtures/stable_diffusion/model";
+  WritePictures("pictures", 5);
+  ProgramResult trained = Calotype({"train",
+                                    "--model",
+                                    base,
+                                    "--data",
+                                    folder_ / "pictures",
+                                    "--out",
+                                    folder_ / "run",
+                                    "--resolution",
+                                    "32",
+                                    "--batch-size",
+                                    "2",
+                                    "--steps",
+                                    "2",
+                                    "--cache-latents",
+                                    "--center-crop",
+                                    "--gradient-checkpointing",
+                                    "--ema-decay",
+                                    "0",
+                                    "--sample-steps",
+                                    "0",
+                                    "--validation-fraction",
+                                    "0",
+                                    "--lr",
+                                    "1e-3",
+                                    "--lr-scheduler",
+                                    "constant",
+                                    "--threads",
+                                    "1"});
+  ASSERT_EQ(trained.code, 0) << trained.err;
+  // Tensors of a part that are in both folders; how many of them changed.
+  auto changed = [&](const std::string& part) {
+    auto before = ReadSafetensors(base / part).tensors,
+         after = ReadSafetensors(folder_ / "run" / part).tensors;
+    EXPECT_EQ(after.size(), before.size()) << part;
+    int count = 0;
+    for (const auto& [name, tensor] : before) {
+      // New files of CLIP have lost a prefix that ours keep.
+      const Tensor& now = after.at(after.contains(name) ? name : "text_model." + name);
+      EXPECT_EQ(now.type(), tensor.type()) << name;
+      count += std::memcmp(now.raw(), tensor.raw(), static_cast<size_t>(tensor.bytes())) != 0;
+    }
+    return count;
+  };
+  EXPECT_EQ(changed("vae/diffusion_pytorch_model.safetensors"), 0);
+  EXPECT_EQ(changed("text_encoder/model.safetensors"), 0);
+  EXPECT_GT(changed("unet/diffusion_pytorch_model.safetensors"), 50);
+  EXPECT_EQ(json::parse(ReadText(folder_ / "run/model_index.json"))["_class_name"],
+            "StableDiffusionPipeline");
+  ProgramResult drawn =
+      Calotype({"sample", "--model", folder_ / "run", "--prompt", "x", "--steps", "2", "--backend",
+                "eager", "--out", folder_ / "x.png", "--threads", "1"});
+  EXPECT_EQ(drawn.code, 0) << drawn.err;
 }
 
 TEST_F(AppTest, NumbersThatAreNotFiniteAreCode4) {

@@ -428,6 +428,19 @@ TEST_F(TrainerTest, AveragesFollowTheOptions) {
   EXPECT_GT(std::abs(average - p->value().data()[0]), 1e-5);
 }
 
+TEST(TrainRecipeTest, LearningRates) {
+  TrainOptions options;
+  EXPECT_EQ(PeakLearningRate(options), 2e-3);
+  options.model = "folder";
+  EXPECT_EQ(PeakLearningRate(options), 1e-5);
+  options.learning_rate = 3;
+  EXPECT_EQ(PeakLearningRate(options), 3);
+  options.train_batch_size = 4;
+  options.gradient_accumulation_steps = 5;
+  options.scale_lr = true;
+  EXPECT_EQ(PeakLearningRate(options), 60);
+}
+
 TEST(TrainRecipeTest, OptionsWithoutEffectAreErrors) {
   auto message = [](auto&& change) {
     TrainOptions options;
