@@ -28,6 +28,7 @@ void AddSample(CLI::App& app, Selected& selected);
 void AddEdit(CLI::App& app, Selected& selected);
 void AddLora(CLI::App& app, Selected& selected);
 void AddData(CLI::App& app, Selected& selected);
+void AddConvert(CLI::App& app, Selected& selected);
 void AddBench(CLI::App& app, Selected& selected);
 void AddInfo(CLI::App& app, Selected& selected);
 void AddGraph(CLI::App& app, Selected& selected);

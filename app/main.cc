@@ -81,6 +81,7 @@ int Main(int argc, char** argv) {
   AddEdit(app, selected);
   AddLora(app, selected);
   AddData(app, selected);
+  AddConvert(app, selected);
   AddBench(app, selected);
   AddInfo(app, selected);
   AddGraph(app, selected);

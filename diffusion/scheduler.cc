@@ -4,11 +4,6 @@
 #include <cmath>
 
 #include "core/error.h"
-#include "diffusion/ddim.h"
-#include "diffusion/ddpm.h"
-#include "diffusion/dpm_solver.h"
-#include "diffusion/euler.h"
-#include "diffusion/pndm.h"
 
 namespace calotype {
 namespace {
@@ -189,27 +184,6 @@ Tensor SliceChannels(const Tensor& x, int64_t first, int64_t count) {
     std::copy(source, source + count * inner, y.data() + b * count * inner);
   }
   return y;
-}
-
-std::unique_ptr<Scheduler> MakeScheduler(const SchedulerConfig& config,
-                                         const SamplerOptions& options) {
-  Validate(config);  // names an unsupported class
-  const SamplerOptions defaults;
-  const bool ddim = config.type == "DDIMScheduler", euler = config.type == "EulerDiscreteScheduler";
-  Check(ddim || options.eta == 0, "{}: eta is {}, but only DDIM has it", config.type, options.eta);
-  Check(ddim || !options.use_clipped_model_output,
-        "{}: use_clipped_model_output is set, but only DDIM has it", config.type);
-  Check(euler || (options.s_churn == 0 && options.s_tmin == 0 &&
-                  options.s_tmax == defaults.s_tmax && options.s_noise == 1),
-        "{}: s_churn, s_tmin, s_tmax or s_noise is set, but only EulerDiscreteScheduler has them",
-        config.type);
-  if (ddim) return std::make_unique<DdimScheduler>(config, options);
-  if (euler) return std::make_unique<EulerDiscreteScheduler>(config, options);
-  if (config.type == "DDPMScheduler") return std::make_unique<DdpmScheduler>(config);
-  if (config.type == "PNDMScheduler") return std::make_unique<PndmScheduler>(config);
-  if (config.type == "EulerAncestralDiscreteScheduler")
-    return std::make_unique<EulerAncestralDiscreteScheduler>(config);
-  return std::make_unique<DpmSolverMultistepScheduler>(config);
 }
 
 }  // namespace calotype

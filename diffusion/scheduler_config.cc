@@ -8,47 +8,32 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "diffusion/sampler_table.h"
 
 namespace calotype {
 namespace {
 
 using nlohmann::json;
 
-// One bit for each class, in the order of kTypes.
-enum : unsigned { kDdim = 1, kDdpm = 2, kPndm = 4, kEuler = 8, kAncestral = 16, kDpm = 32 };
-constexpr unsigned kAll = 63;
-constexpr std::array kTypes{"DDIMScheduler",
-                            "DDPMScheduler",
-                            "PNDMScheduler",
-                            "EulerDiscreteScheduler",
-                            "EulerAncestralDiscreteScheduler",
-                            "DPMSolverMultistepScheduler"};
-
 bool IsOneOf(std::string_view name, const auto& names) {
   return std::find(std::begin(names), std::end(names), name) != std::end(names);
 }
 
-unsigned BitOf(const std::string& type) {
-  const auto found = std::find(kTypes.begin(), kTypes.end(), type);
-  Check<UnsupportedError>(found != kTypes.end(),
-                          "scheduler config: class {} is not supported, only {}", type,
-                          fmt::join(kTypes, ", "));
-  return 1u << (found - kTypes.begin());
-}
+unsigned BitOf(const std::string& type) { return SamplerClassOf(type).bit; }
 
 // Every field: `visit(name, member, classes that have it)`. The one list that reading, writing and
 // Resolved share.
 void VisitFields(auto&& visit) {
   using C = SchedulerConfig;
-  visit("num_train_timesteps", &C::num_train_timesteps, kAll);
-  visit("beta_start", &C::beta_start, kAll);
-  visit("beta_end", &C::beta_end, kAll);
-  visit("beta_schedule", &C::beta_schedule, kAll);
-  visit("trained_betas", &C::trained_betas, kAll);
-  visit("prediction_type", &C::prediction_type, kAll);
-  visit("rescale_betas_zero_snr", &C::rescale_betas_zero_snr, kAll & ~kPndm);
-  visit("timestep_spacing", &C::timestep_spacing, kAll);
-  visit("steps_offset", &C::steps_offset, kAll);
+  visit("num_train_timesteps", &C::num_train_timesteps, kAllSamplers);
+  visit("beta_start", &C::beta_start, kAllSamplers);
+  visit("beta_end", &C::beta_end, kAllSamplers);
+  visit("beta_schedule", &C::beta_schedule, kAllSamplers);
+  visit("trained_betas", &C::trained_betas, kAllSamplers);
+  visit("prediction_type", &C::prediction_type, kAllSamplers);
+  visit("rescale_betas_zero_snr", &C::rescale_betas_zero_snr, kAllSamplers & ~kPndm);
+  visit("timestep_spacing", &C::timestep_spacing, kAllSamplers);
+  visit("steps_offset", &C::steps_offset, kAllSamplers);
   visit("clip_sample", &C::clip_sample, kDdim | kDdpm);
   visit("clip_sample_range", &C::clip_sample_range, kDdim | kDdpm);
   visit("thresholding", &C::thresholding, kDdim | kDdpm | kDpm);
@@ -242,7 +227,7 @@ SchedulerConfig Resolved(const SchedulerConfig& config) {
     if (classes & type) result.*member = config.*member;
   });
   if (result.timestep_spacing.empty()) {
-    result.timestep_spacing = type & (kEuler | kAncestral | kDpm) ? "linspace" : "leading";
+    result.timestep_spacing = SamplerClassOf(config.type).timestep_spacing;
   }
   if (type & (kDdim | kPndm) && !result.set_alpha_to_one) result.set_alpha_to_one = type == kDdim;
   if (type == kDdpm && result.variance_type.empty()) result.variance_type = "fixed_small";

@@ -7,6 +7,8 @@
 #include <string>
 #include <string_view>
 
+#include "core/error.h"
+
 namespace calotype {
 
 // A regular file open for reading. Positioned reads, so a file that shrinks meanwhile is an error
@@ -32,6 +34,24 @@ class InputFile {
 
 // The whole content. Errors: FileError also if the file is larger than `max_bytes`.
 std::string ReadFile(const std::filesystem::path& path, uint64_t max_bytes = uint64_t{1} << 30);
+
+// What `use` returns, which reads the content of a file. What is wrong with the content
+// (ValueError) becomes a FileError with the path in front; an UnsupportedError gets the path and
+// stays one.
+template <class F>
+auto InFile(const std::filesystem::path& path, F&& use) {
+  try {
+    return use();
+  } catch (const UnsupportedError& e) {
+    Fail<UnsupportedError>("{}: {}", path.string(), e.what());
+  } catch (const ValueError& e) {
+    Fail<FileError>("{}: {}", path.string(), e.what());
+  } catch (const FileError& e) {
+    std::string_view text = e.what();
+    if (text.find(path.string()) != text.npos) throw;
+    Fail<FileError>("{}: {}", path.string(), text);
+  }
+}
 
 // True for well-formed UTF-8 (no overlong forms, no surrogates).
 bool IsUtf8(std::string_view text);

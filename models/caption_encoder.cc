@@ -5,33 +5,34 @@
 
 namespace calotype {
 
+namespace {
+
+template <class C, class Fields>
+void VisitFields(C& c, Fields& fields) {
+  fields.Only("_class_name", "CaptionEncoder");
+  fields.Field("vocabulary", c.vocabulary);
+  fields.Field("max_length", c.max_length);
+  fields.Field("hidden_size", c.hidden_size);
+  fields.Field("num_layers", c.num_layers);
+  fields.Field("num_attention_heads", c.num_attention_heads);
+  fields.Field("final_layer_norm", c.final_layer_norm);
+}
+
+}  // namespace
+
 CaptionEncoderConfig CaptionEncoderConfig::FromJson(std::string_view text) {
   CaptionEncoderConfig c;
   JsonFields fields("CaptionEncoder", text);
-  std::string class_name = "CaptionEncoder";
-  fields.Read("_class_name", class_name);
-  Check<UnsupportedError>(class_name == "CaptionEncoder", "CaptionEncoder: _class_name is '{}'",
-                          class_name);
-  fields.Read("vocabulary", c.vocabulary);
-  fields.Read("max_length", c.max_length);
-  fields.Read("hidden_size", c.hidden_size);
-  fields.Read("num_layers", c.num_layers);
-  fields.Read("num_attention_heads", c.num_attention_heads);
-  fields.Read("final_layer_norm", c.final_layer_norm);
+  VisitFields(c, fields);
   fields.CheckAllRead();
   c.Validate();
   return c;
 }
 
 std::string CaptionEncoderConfig::ToJson() const {
-  nlohmann::json json = {{"_class_name", "CaptionEncoder"},
-                         {"vocabulary", vocabulary},
-                         {"max_length", max_length},
-                         {"hidden_size", hidden_size},
-                         {"num_layers", num_layers},
-                         {"num_attention_heads", num_attention_heads},
-                         {"final_layer_norm", final_layer_norm}};
-  return json.dump(2) + "\n";
+  JsonWriter writer;
+  VisitFields(*this, writer);
+  return writer.Text();
 }
 
 void CaptionEncoderConfig::Validate() const {

@@ -20,61 +20,48 @@ constexpr int64_t kLegacyEos = 2;  // of configs written before transformers 4.3
 
 // ---------------------------------------------------------------- configuration
 
+namespace {
+
+template <class C, class Fields>
+void VisitFields(C& c, Fields& fields) {
+  fields.Only("model_type", "clip_text_model");
+  fields.Only("architectures", {kOwner});
+  fields.Field("vocab_size", c.vocab_size);
+  fields.Field("hidden_size", c.hidden_size);
+  fields.Field("intermediate_size", c.intermediate_size);
+  fields.Field("num_hidden_layers", c.num_hidden_layers);
+  fields.Field("num_attention_heads", c.num_attention_heads);
+  fields.Field("max_position_embeddings", c.max_position_embeddings);
+  fields.Field("hidden_act", c.hidden_act);
+  fields.Field("layer_norm_eps", c.layer_norm_eps);
+  fields.Field("bos_token_id", c.bos_token_id);
+  fields.Field("eos_token_id", c.eos_token_id);
+  fields.Field("pad_token_id", c.pad_token_id);
+  fields.Field("projection_dim", c.projection_dim);
+  fields.Only("attention_dropout", 0.0);
+  fields.Only("dropout", 0.0);
+  fields.Ignore("initializer_factor", 1.0);
+  fields.Ignore("initializer_range", 0.02);
+  fields.Ignore("torch_dtype", "float32");
+  fields.Ignore("dtype");
+  fields.Ignore("transformers_version");
+}
+
+}  // namespace
+
 CLIPTextConfig CLIPTextConfig::FromJson(std::string_view text) {
   CLIPTextConfig c;
   JsonFields fields(kOwner, text);
-  std::string model_type = "clip_text_model";
-  fields.Read("model_type", model_type);
-  Check<UnsupportedError>(model_type == "clip_text_model", "{}: model_type is '{}'", kOwner,
-                          model_type);
-  std::vector<std::string> architectures = {std::string(kOwner)};
-  fields.Read("architectures", architectures);
-  Check<UnsupportedError>(architectures == std::vector<std::string>{std::string(kOwner)},
-                          "{}: architectures is [{}]", kOwner, fmt::join(architectures, ", "));
-  fields.Read("vocab_size", c.vocab_size);
-  fields.Read("hidden_size", c.hidden_size);
-  fields.Read("intermediate_size", c.intermediate_size);
-  fields.Read("num_hidden_layers", c.num_hidden_layers);
-  fields.Read("num_attention_heads", c.num_attention_heads);
-  fields.Read("max_position_embeddings", c.max_position_embeddings);
-  fields.Read("hidden_act", c.hidden_act);
-  fields.Read("layer_norm_eps", c.layer_norm_eps);
-  fields.Read("bos_token_id", c.bos_token_id);
-  fields.Read("eos_token_id", c.eos_token_id);
-  fields.Read("pad_token_id", c.pad_token_id);
-  fields.Read("projection_dim", c.projection_dim);
-  fields.Only("attention_dropout", 0.0);
-  fields.Only("dropout", 0.0);
-  for (const char* name : {"initializer_factor", "initializer_range", "torch_dtype", "dtype",
-                           "transformers_version"}) {
-    fields.Skip(name);
-  }
+  VisitFields(c, fields);
   fields.CheckAllRead();
   c.Validate();
   return c;
 }
 
 std::string CLIPTextConfig::ToJson() const {
-  nlohmann::json json = {{"architectures", {kOwner}},
-                         {"attention_dropout", 0.0},
-                         {"bos_token_id", bos_token_id},
-                         {"dropout", 0.0},
-                         {"eos_token_id", eos_token_id},
-                         {"hidden_act", hidden_act},
-                         {"hidden_size", hidden_size},
-                         {"initializer_factor", 1.0},
-                         {"initializer_range", 0.02},
-                         {"intermediate_size", intermediate_size},
-                         {"layer_norm_eps", layer_norm_eps},
-                         {"max_position_embeddings", max_position_embeddings},
-                         {"model_type", "clip_text_model"},
-                         {"num_attention_heads", num_attention_heads},
-                         {"num_hidden_layers", num_hidden_layers},
-                         {"pad_token_id", pad_token_id},
-                         {"projection_dim", projection_dim},
-                         {"torch_dtype", "float32"},
-                         {"vocab_size", vocab_size}};
-  return json.dump(2) + "\n";
+  JsonWriter writer;
+  VisitFields(*this, writer);
+  return writer.Text();
 }
 
 void CLIPTextConfig::Validate() const {

@@ -152,19 +152,19 @@ CLIPTokenizerConfig CLIPTokenizerConfig::FromJson(std::string_view text) {
   ReadToken(fields, "eos_token", c.eos_token);
   ReadToken(fields, "unk_token", c.unk_token);
   ReadToken(fields, "pad_token", c.pad_token);
-  fields.Read("model_max_length", c.model_max_length);
+  fields.Field("model_max_length", c.model_max_length);
   Check(c.model_max_length >= 2, "{}: field 'model_max_length' is {}, must be at least 2", kOwner,
         c.model_max_length);
   fields.Only("do_lower_case", true);
   fields.Only("add_prefix_space", false);
   std::string tokenizer_class(kOwner);
-  fields.Read("tokenizer_class", tokenizer_class);
+  fields.Field("tokenizer_class", tokenizer_class);
   Check<UnsupportedError>(tokenizer_class == kOwner || tokenizer_class == "CLIPTokenizerFast",
                           "{}: tokenizer_class is '{}'", kOwner, tokenizer_class);
   for (const char* name : {"added_tokens_decoder", "backend", "clean_up_tokenization_spaces",
                            "errors", "extra_special_tokens", "is_local", "name_or_path",
                            "special_tokens_map_file", "tokenizer_file"}) {
-    fields.Skip(name);
+    fields.Ignore(name);
   }
   fields.CheckAllRead();
   return c;
@@ -199,6 +199,11 @@ CLIPTokenizer::CLIPTokenizer(std::string_view vocab_json, std::string_view merge
     auto [other, is_new] = tokens_.emplace(number, token);
     Check(is_new, "{}: tokens '{}' and '{}' have the same id {}", kOwner, other->second, token,
           number);
+  }
+  // Of n distinct ids that are not negative, one is n or larger exactly if one below n is missing.
+  for (int32_t id = 0; id < static_cast<int32_t>(tokens_.size()); ++id) {
+    Check(tokens_.contains(id), "{}: the vocabulary has {} tokens, but none with id {}", kOwner,
+          tokens_.size(), id);
   }
 
   auto id_of = [this](std::string_view token) {

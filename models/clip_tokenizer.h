@@ -37,8 +37,9 @@ class CLIPTokenizer {
 
   // vocab_json: {"token": id}; merges_txt: a line "#version...", then a merge "left right" a line,
   // the first the strongest. Errors: ValueError naming the token or line for text that is not of
-  // this form, an id or token that is there twice, a negative id, a merge that is there twice or of
-  // or into tokens that the vocabulary does not have, and special tokens outside the vocabulary.
+  // this form, an id or token that is there twice, a negative id, an id below the number of tokens
+  // that none has, a merge that is there twice or of or into tokens that the vocabulary does not
+  // have, and special tokens outside the vocabulary.
   CLIPTokenizer(std::string_view vocab_json, std::string_view merges_txt,
                 CLIPTokenizerConfig config = {});
 

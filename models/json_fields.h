@@ -1,6 +1,12 @@
-// Reading a flat JSON object field by field: every field has a type, none is overlooked.
+// Configurations as flat JSON objects. A configuration lists its fields once, in a function
+//   template <class C, class Fields> void VisitFields(C& config, Fields& fields)
+// that JsonFields runs to read (every field has a type, none is overlooked) and JsonWriter to
+// write.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
@@ -11,6 +17,48 @@
 #include "core/error.h"
 
 namespace calotype {
+
+// Written into configs as _diffusers_version: that of the golden files.
+constexpr const char* kDiffusersVersion = "0.42.1";
+
+class JsonWriter {
+ public:
+  template <class T>
+  void Field(const std::string& name, const T& value) {
+    object_[name] = value;
+  }
+  template <class T>
+  void Field(const std::string& name, const std::optional<T>& value) {
+    object_[name] = value ? nlohmann::json(*value) : nlohmann::json(nullptr);
+  }
+  void Number(const std::string& name, double value) {
+    const bool whole = std::abs(value) < 1e15 && std::trunc(value) == value;
+    object_[name] = whole ? nlohmann::json(static_cast<int64_t>(value)) : nlohmann::json(value);
+  }
+  template <class T>
+  void OneOrMany(const std::string& name, const std::vector<T>& values) {
+    if (AllEqual(values)) {
+      object_[name] = static_cast<T>(values[0]);
+    } else {
+      object_[name] = values;
+    }
+  }
+  void Only(const std::string& name, const nlohmann::json& value) { object_[name] = value; }
+  void Ignore(const std::string& name,
+              const nlohmann::json& written = nlohmann::json::value_t::discarded) {
+    if (!written.is_discarded()) object_[name] = written;
+  }
+  // Sorted keys, indented by 2, a newline at the end.
+  std::string Text() const { return object_.dump(2) + "\n"; }
+
+  template <class T>
+  static bool AllEqual(const std::vector<T>& list) {
+    return std::adjacent_find(list.begin(), list.end(), std::not_equal_to<>()) == list.end();
+  }
+
+ private:
+  nlohmann::json object_ = nlohmann::json::object();
+};
 
 class JsonFields {
  public:
@@ -26,21 +74,23 @@ class JsonFields {
 
   // Sets `value` if the field is there. Errors: ValueError for another type of value.
   template <class T>
-  void Read(const std::string& name, T& value) {
+  void Field(const std::string& name, T& value) {
     const nlohmann::json* field = Take(name);
     if (field) Convert(name, *field, value);
   }
   // A field that may be null.
   template <class T>
-  void Read(const std::string& name, std::optional<T>& value) {
+  void Field(const std::string& name, std::optional<T>& value) {
     const nlohmann::json* field = Take(name);
     if (!field) return;
     value.reset();
     if (!field->is_null()) Convert(name, *field, value.emplace());
   }
-  // A list, or one value that stands for a list of one.
+  // A number that is written without a point if it is whole.
+  void Number(const std::string& name, double& value) { Field(name, value); }
+  // A list, or one value that stands for a list of one; equal values are written as one.
   template <class T>
-  void ReadOneOrMany(const std::string& name, std::vector<T>& values) {
+  void OneOrMany(const std::string& name, std::vector<T>& values) {
     const nlohmann::json* field = Take(name);
     if (!field) return;
     values.clear();
@@ -69,8 +119,11 @@ class JsonFields {
     const nlohmann::json* field = Take(name);
     if (field) value = *field;
   }
-  // A known field whose value does not matter here.
-  void Skip(const std::string& name) { Take(name); }
+  // A known field whose value does not matter here; `written` is what goes into a file, if
+  // anything.
+  void Ignore(const std::string& name, const nlohmann::json& = nlohmann::json::value_t::discarded) {
+    Take(name);
+  }
   // Errors: ValueError naming a field that nobody has read; those with a leading "_" are allowed.
   void CheckAllRead() const {
     for (const auto& [name, value] : object_.items()) {

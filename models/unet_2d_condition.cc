@@ -102,9 +102,17 @@ std::vector<Value> UNet2DConditionModel::ExportComputationGraph(ComputationGraph
   condition.context_mask = nn::MaskToBias(Optional(inputs, 3));
   condition.mask = nn::MaskToBias(Optional(inputs, 4));
   Value mid_residual = Optional(inputs, 5);
-  Check<ShapeError>(inputs.size() <= 6 || inputs.size() == 6 + skips_,
+  std::span<const Value> rest = inputs.subspan(std::min<size_t>(6, inputs.size()));
+  std::span<const Value> residuals = rest.first(std::min(skips_, rest.size()));
+  std::span<const Value> adapters = rest.subspan(residuals.size());
+  const auto given = static_cast<size_t>(
+      std::ranges::count_if(residuals, [](const Value& value) { return value.defined(); }));
+  Check<ShapeError>(given == 0 || given == skips_,
                     "{}: {} down_block_additional_residuals given, {} needed, one for each skip",
-                    Describe(), inputs.size() > 6 ? inputs.size() - 6 : 0, skips_);
+                    Describe(), given, skips_);
+  Check<ShapeError>(adapters.size() <= down_blocks_.size(),
+                    "{}: {} down_intrablock_additional_residuals given for {} down blocks",
+                    Describe(), adapters.size(), down_blocks_.size());
   Check<ShapeError>(x.rank() == 4 && x.dim(1) == config_.in_channels,
                     "{}: sample {} must be [B, {}, H, W]", Describe(), x.shape(),
                     config_.in_channels);
@@ -122,15 +130,16 @@ std::vector<Value> UNet2DConditionModel::ExportComputationGraph(ComputationGraph
 
   x = conv_in_->Call(x);
   std::vector<Value> skips = {x};
-  for (auto* block : down_blocks_) x = block->Build(x, condition, skips);
+  for (size_t i = 0; i < down_blocks_.size(); ++i) {
+    x = down_blocks_[i]->Build(x, condition, skips, Optional(adapters, i));
+  }
   auto add = [&](Value to, Value residual, std::string_view name) {
     Check<ShapeError>(residual.shape() == to.shape(), "{}: {} {} must have the shape {}",
                       Describe(), name, residual.shape(), to.shape());
     return to + residual;
   };
-  for (size_t i = 0; 6 + i < inputs.size(); ++i) {
-    skips[i] = add(skips[i], Required(inputs, 6 + i, "down_block_additional_residuals"),
-                   "down_block_additional_residual");
+  for (size_t i = 0; i < given; ++i) {
+    skips[i] = add(skips[i], residuals[i], "down_block_additional_residual");
   }
   x = mid_block_->Build(x, condition);
   if (mid_residual.defined()) x = add(x, mid_residual, "mid_block_additional_residual");

@@ -23,7 +23,9 @@ namespace calotype {
 //   attention_mask (optional), the same for the pixels as keys of the self-attention;
 //   mid_block_additional_residual (optional), added to the result of the mid block;
 //   down_block_additional_residuals (all or none), added to the skips in their order, that of
-//   conv_in first: what a ControlNet gives.
+//   conv_in first: what a ControlNet gives;
+//   down_intrablock_additional_residuals (optional), one for each down block, absent ones undefined
+//   or missing at the end: what a T2I-Adapter gives, see UNetDownBlock2D::Build.
 // Output: [B, out_channels, H, W], the model's prediction (noise, velocity or picture, as trained).
 class UNet2DConditionModel : public Layer {
  public:

@@ -116,17 +116,32 @@ UNetDownBlock2D::UNetDownBlock2D(const Options& options) : Layer("UNetDownBlock2
   }
 }
 
-Value UNetDownBlock2D::Build(Value x, const UNetCondition& condition, std::vector<Value>& skips) {
+Value UNetDownBlock2D::Build(Value x, const UNetCondition& condition, std::vector<Value>& skips,
+                             Value adapter) {
   auto scope = Scope(*x.graph);
+  auto add = [&](Value to) {
+    Check<ShapeError>(adapter.shape() == to.shape(),
+                      "{}: down_intrablock_additional_residual {} must have the shape {}",
+                      Describe(), adapter.shape(), to.shape());
+    return to + adapter;
+  };
   for (size_t i = 0; i < resnets_.size(); ++i) {
     x = resnets_[i]->Call({x, condition.temb});
     if (!attentions_.empty()) x = Attend(attentions_[i], x, condition);
+    if (adapter.defined() && !attentions_.empty() && i + 1 == resnets_.size()) {
+      Check<UnsupportedError>(!dynamic_cast<Attention*>(attentions_[i]),
+                              "{}: a block with added keys and values takes no "
+                              "down_intrablock_additional_residual",
+                              Describe());
+      x = add(x);
+    }
     skips.push_back(x);
   }
   if (downsampler_) {
     x = downsampler_->Call({x, condition.temb});  // a convolution ignores temb
     skips.push_back(x);
   }
+  if (adapter.defined() && attentions_.empty()) skips.back() = x = add(x);
   return x;
 }
 

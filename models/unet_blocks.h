@@ -61,8 +61,12 @@ class UNetDownBlock2D : public Layer {
   explicit UNetDownBlock2D(const Options& options);
   std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
                                             std::span<const Value> inputs) override;
-  // The result; appends the values for the up blocks to `skips`.
-  Value Build(Value x, const UNetCondition& condition, std::vector<Value>& skips);
+  // The result; appends the values for the up blocks to `skips`. `adapter` (optional), what a
+  // T2I-Adapter gives for this block, is added to the value after the last transformer, or, in a
+  // block without attention, to the result; to the skip made of it, too. Errors: ShapeError;
+  // UnsupportedError for an adapter in a simple block with attention, as in diffusers.
+  Value Build(Value x, const UNetCondition& condition, std::vector<Value>& skips,
+              Value adapter = {});
 
  private:
   std::vector<ResnetBlock2D*> resnets_;

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 
 #include "layers/activation.h"
 #include "models/json_fields.h"
@@ -13,139 +12,89 @@ namespace {
 
 constexpr std::string_view kOwner = "UNet2DConditionModel";
 
-// The fields that diffusers knows and that must keep their default here.
-const std::vector<std::pair<std::string, nlohmann::json>>& FixedFields() {
-  static const std::vector<std::pair<std::string, nlohmann::json>> fields = {
-      {"addition_embed_type", nullptr},
-      {"addition_embed_type_num_heads", 64},
-      {"addition_time_embed_dim", nullptr},
-      {"attention_type", "default"},
-      {"class_embed_type", nullptr},
-      {"class_embeddings_concat", false},
-      {"cross_attention_norm", nullptr},
-      {"dropout", 0.0},
-      {"dual_cross_attention", false},
-      {"encoder_hid_dim", nullptr},
-      {"encoder_hid_dim_type", nullptr},
-      {"num_attention_heads", nullptr},
-      {"num_class_embeds", nullptr},
-      {"projection_class_embeddings_input_dim", nullptr},
-      {"reverse_transformer_layers_per_block", nullptr},
-      {"time_cond_proj_dim", nullptr},
-      {"time_embedding_act_fn", nullptr},
-      {"time_embedding_dim", nullptr},
-      {"timestep_post_act", nullptr}};
-  return fields;
-}
-
-template <class T>
-bool AllEqual(const std::vector<T>& list) {
-  return std::adjacent_find(list.begin(), list.end(), std::not_equal_to<>()) == list.end();
-}
-
-// A list of equal values is written as one value.
-template <class T>
-nlohmann::json OneOrMany(const std::vector<T>& list) {
-  if (!AllEqual(list)) return list;
-  return static_cast<T>(list[0]);
-}
-// Whole numbers are written without a point where diffusers' default has none.
-nlohmann::json Number(double value) {
-  bool whole = std::abs(value) < 1e15 && std::trunc(value) == value;
-  return whole ? nlohmann::json(static_cast<int64_t>(value)) : nlohmann::json(value);
+// All fields of diffusers' class; those that are Only ones must keep their default here.
+template <class C, class Fields>
+void VisitFields(C& c, Fields& fields) {
+  fields.Only("_class_name", kOwner);
+  fields.Ignore("_diffusers_version", kDiffusersVersion);
+  fields.Field("sample_size", c.sample_size);
+  fields.Field("in_channels", c.in_channels);
+  fields.Field("out_channels", c.out_channels);
+  fields.Field("center_input_sample", c.center_input_sample);
+  fields.Field("flip_sin_to_cos", c.flip_sin_to_cos);
+  fields.Number("freq_shift", c.freq_shift);
+  fields.Field("down_block_types", c.down_block_types);
+  fields.Field("mid_block_type", c.mid_block_type);
+  fields.Field("up_block_types", c.up_block_types);
+  fields.OneOrMany("only_cross_attention", c.only_cross_attention);
+  fields.Field("mid_block_only_cross_attention", c.mid_block_only_cross_attention);
+  fields.Field("block_out_channels", c.block_out_channels);
+  fields.OneOrMany("layers_per_block", c.layers_per_block);
+  fields.Field("downsample_padding", c.downsample_padding);
+  fields.Number("mid_block_scale_factor", c.mid_block_scale_factor);
+  fields.Only("dropout", 0.0);
+  fields.Field("act_fn", c.act_fn);
+  fields.Field("norm_num_groups", c.norm_num_groups);
+  fields.Field("norm_eps", c.norm_eps);
+  fields.OneOrMany("cross_attention_dim", c.cross_attention_dim);
+  fields.OneOrMany("transformer_layers_per_block", c.transformer_layers_per_block);
+  fields.Only("reverse_transformer_layers_per_block", nullptr);
+  fields.Only("encoder_hid_dim", nullptr);
+  fields.Only("encoder_hid_dim_type", nullptr);
+  fields.OneOrMany("attention_head_dim", c.attention_head_dim);
+  fields.Only("num_attention_heads", nullptr);
+  fields.Only("dual_cross_attention", false);
+  fields.Field("use_linear_projection", c.use_linear_projection);
+  fields.Only("class_embed_type", nullptr);
+  fields.Only("addition_embed_type", nullptr);
+  fields.Only("addition_time_embed_dim", nullptr);
+  fields.Only("num_class_embeds", nullptr);
+  fields.Field("upcast_attention", c.upcast_attention);
+  fields.Field("resnet_time_scale_shift", c.resnet_time_scale_shift);
+  fields.Field("resnet_skip_time_act", c.resnet_skip_time_act);
+  fields.Field("resnet_out_scale_factor", c.resnet_out_scale_factor);
+  fields.Field("time_embedding_type", c.time_embedding_type);
+  fields.Only("time_embedding_dim", nullptr);
+  fields.Only("time_embedding_act_fn", nullptr);
+  fields.Only("timestep_post_act", nullptr);
+  fields.Only("time_cond_proj_dim", nullptr);
+  fields.Field("conv_in_kernel", c.conv_in_kernel);
+  fields.Field("conv_out_kernel", c.conv_out_kernel);
+  fields.Only("projection_class_embeddings_input_dim", nullptr);
+  fields.Only("attention_type", "default");
+  fields.Only("class_embeddings_concat", false);
+  fields.Only("cross_attention_norm", nullptr);
+  fields.Only("addition_embed_type_num_heads", 64);
 }
 
 // Equal values in a list mean what one value means; keeps equality of configurations simple.
-template <class T>
-void Collapse(std::vector<T>& list) {
-  if (AllEqual(list)) list.resize(1);
-}
+struct CollapseLists {
+  void Field(auto&&...) {}
+  void Number(auto&&...) {}
+  void Only(auto&&...) {}
+  void Ignore(auto&&...) {}
+  void OneOrMany(const char*, auto& list) {
+    if (JsonWriter::AllEqual(list)) list.resize(1);
+  }
+};
 
 }  // namespace
 
 UNet2DConditionConfig UNet2DConditionConfig::FromJson(std::string_view text) {
   UNet2DConditionConfig c;
   JsonFields fields(kOwner, text);
-  std::string class_name(kOwner);
-  fields.Read("_class_name", class_name);
-  Check<UnsupportedError>(class_name == kOwner, "{}: _class_name is '{}'", kOwner, class_name);
-  fields.Read("sample_size", c.sample_size);
-  fields.Read("in_channels", c.in_channels);
-  fields.Read("out_channels", c.out_channels);
-  fields.Read("center_input_sample", c.center_input_sample);
-  fields.Read("flip_sin_to_cos", c.flip_sin_to_cos);
-  fields.Read("freq_shift", c.freq_shift);
-  fields.Read("down_block_types", c.down_block_types);
-  fields.Read("mid_block_type", c.mid_block_type);
-  fields.Read("up_block_types", c.up_block_types);
-  fields.ReadOneOrMany("only_cross_attention", c.only_cross_attention);
-  fields.Read("mid_block_only_cross_attention", c.mid_block_only_cross_attention);
-  fields.Read("block_out_channels", c.block_out_channels);
-  fields.ReadOneOrMany("layers_per_block", c.layers_per_block);
-  fields.Read("downsample_padding", c.downsample_padding);
-  fields.Read("mid_block_scale_factor", c.mid_block_scale_factor);
-  fields.Read("act_fn", c.act_fn);
-  fields.Read("norm_num_groups", c.norm_num_groups);
-  fields.Read("norm_eps", c.norm_eps);
-  fields.ReadOneOrMany("cross_attention_dim", c.cross_attention_dim);
-  fields.ReadOneOrMany("transformer_layers_per_block", c.transformer_layers_per_block);
-  fields.ReadOneOrMany("attention_head_dim", c.attention_head_dim);
-  fields.Read("use_linear_projection", c.use_linear_projection);
-  fields.Read("upcast_attention", c.upcast_attention);
-  fields.Read("resnet_time_scale_shift", c.resnet_time_scale_shift);
-  fields.Read("resnet_skip_time_act", c.resnet_skip_time_act);
-  fields.Read("resnet_out_scale_factor", c.resnet_out_scale_factor);
-  fields.Read("time_embedding_type", c.time_embedding_type);
-  fields.Read("conv_in_kernel", c.conv_in_kernel);
-  fields.Read("conv_out_kernel", c.conv_out_kernel);
-  for (const auto& [name, value] : FixedFields()) fields.Only(name, value);
+  VisitFields(c, fields);
   fields.CheckAllRead();
   c.Validate();
-  Collapse(c.only_cross_attention);
-  Collapse(c.layers_per_block);
-  Collapse(c.cross_attention_dim);
-  Collapse(c.transformer_layers_per_block);
-  Collapse(c.attention_head_dim);
+  CollapseLists collapse;
+  VisitFields(c, collapse);
   return c;
 }
 
 std::string UNet2DConditionConfig::ToJson() const {
-  nlohmann::json json;  // sorts its keys
-  json["_class_name"] = kOwner;
-  json["_diffusers_version"] = "0.42.1";  // the version that the golden files come from
-  for (const auto& [name, value] : FixedFields()) json[name] = value;
-  json["sample_size"] = sample_size ? nlohmann::json(*sample_size) : nlohmann::json(nullptr);
-  json["in_channels"] = in_channels;
-  json["out_channels"] = out_channels;
-  json["center_input_sample"] = center_input_sample;
-  json["flip_sin_to_cos"] = flip_sin_to_cos;
-  json["freq_shift"] = Number(freq_shift);
-  json["down_block_types"] = down_block_types;
-  json["mid_block_type"] = mid_block_type;
-  json["up_block_types"] = up_block_types;
-  json["mid_block_only_cross_attention"] = mid_block_only_cross_attention
-                                               ? nlohmann::json(*mid_block_only_cross_attention)
-                                               : nlohmann::json(nullptr);
-  json["only_cross_attention"] = OneOrMany(only_cross_attention);
-  json["block_out_channels"] = block_out_channels;
-  json["layers_per_block"] = OneOrMany(layers_per_block);
-  json["downsample_padding"] = downsample_padding;
-  json["mid_block_scale_factor"] = Number(mid_block_scale_factor);
-  json["act_fn"] = act_fn;
-  json["norm_num_groups"] = norm_num_groups;
-  json["norm_eps"] = norm_eps;
-  json["cross_attention_dim"] = OneOrMany(cross_attention_dim);
-  json["transformer_layers_per_block"] = OneOrMany(transformer_layers_per_block);
-  json["attention_head_dim"] = OneOrMany(attention_head_dim);
-  json["use_linear_projection"] = use_linear_projection;
-  json["upcast_attention"] = upcast_attention;
-  json["resnet_time_scale_shift"] = resnet_time_scale_shift;
-  json["resnet_skip_time_act"] = resnet_skip_time_act;
-  json["resnet_out_scale_factor"] = resnet_out_scale_factor;
-  json["time_embedding_type"] = time_embedding_type;
-  json["conv_in_kernel"] = conv_in_kernel;
-  json["conv_out_kernel"] = conv_out_kernel;
-  return json.dump(2) + "\n";
+  JsonWriter writer;
+  VisitFields(*this, writer);
+  return writer.Text();
 }
 
 void UNet2DConditionConfig::Validate() const {

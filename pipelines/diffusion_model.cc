@@ -24,22 +24,6 @@ constexpr std::array kStableDiffusionClasses{
 
 std::string ReadText(const fs::path& path) { return ReadFile(path, 64 << 20); }
 
-// Runs f; the text of a ValueError is led by the path of the file it is about.
-template <class F>
-auto InFile(const fs::path& path, F&& f) {
-  try {
-    return f();
-  } catch (const UnsupportedError& e) {
-    Fail<UnsupportedError>("{}: {}", path.string(), e.what());
-  } catch (const ValueError& e) {
-    Fail("{}: {}", path.string(), e.what());
-  } catch (const FileError& e) {
-    std::string text = e.what();
-    if (text.find(path.string()) != text.npos) throw;
-    Fail<FileError>("{}: {}", path.string(), text);
-  }
-}
-
 // The parts that a model_index.json names, name -> class.
 struct Index {
   fs::path path;

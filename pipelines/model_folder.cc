@@ -18,37 +18,24 @@ namespace {
 constexpr std::string_view kDiffusers = "diffusion_pytorch_model", kTransformers = "model";
 constexpr uint64_t kMaxText = 1 << 26;  // of configs, indices and vocabularies
 
-// Calls `use`, with the path in front of what it says is wrong with the content.
-template <class F>
-auto Naming(const fs::path& path, const F& use) {
-  try {
-    return use();
-  } catch (const UnsupportedError& e) {
-    Fail<UnsupportedError>("{}: {}", path.string(), e.what());
-  } catch (const ValueError& e) {
-    Fail("{}: {}", path.string(), e.what());
-  }
-}
-
 template <class Config>
 Config ReadConfig(const fs::path& path) {
   std::string text = ReadFile(path, kMaxText);
-  return Naming(path, [&] { return Config::FromJson(text); });
+  return InFile(path, [&] { return Config::FromJson(text); });
 }
 
 void LoadTensors(Layer& layer, std::map<std::string, Tensor> tensors, const fs::path& path) {
-  try {
-    layer.LoadParameters(std::move(tensors));
-  } catch (const ValueError& e) {
-    Fail<FileError>("{}: {}", path.string(), e.what());
-  }
+  InFile(path, [&] { layer.LoadParameters(std::move(tensors)); });
 }
 
-void Save(const fs::path& folder, std::string_view stem, Layer& layer, const std::string& config) {
+void Save(const fs::path& folder, std::string_view stem, Layer& layer, const std::string& config,
+          FloatFormat dtype) {
   std::error_code error;
   fs::create_directories(folder, error);
   Check<FileError>(!error, "{}: cannot make the folder: {}", folder.string(), error.message());
-  WriteSafetensors(folder / fmt::format("{}.safetensors", stem), {layer.SaveParameters(), {}});
+  TensorFile file{layer.SaveParameters(), {}};
+  file.SetFormat(dtype);
+  WriteSafetensors(folder / fmt::format("{}.safetensors", stem), file);
   WriteFile(folder / "config.json", config);
 }
 
@@ -157,7 +144,7 @@ void LoadWeightsOf(UNet2DConditionModel& unet, const fs::path& folder) {
 }
 
 void LoadWeightsOf(AutoencoderKL& vae, const fs::path& folder) {
-  auto tensors = Naming(WeightsFile(folder, kDiffusers), [&] {
+  auto tensors = InFile(WeightsFile(folder, kDiffusers), [&] {
     return AutoencoderKL::CurrentNames(ReadModelFile(folder, kDiffusers).tensors);
   });
   LoadTensors(vae, std::move(tensors), WeightsFile(folder, kDiffusers));
@@ -207,15 +194,15 @@ CLIPTokenizer MakeCLIPTokenizer(const std::map<std::string, std::string>& files,
   CLIPTokenizerConfig config;
   if (auto found = files.find("tokenizer_config.json"); found != files.end()) {
     config =
-        Naming(folder / found->first, [&] { return CLIPTokenizerConfig::FromJson(found->second); });
+        InFile(folder / found->first, [&] { return CLIPTokenizerConfig::FromJson(found->second); });
   }
   if (auto found = files.find("tokenizer.json"); found != files.end()) {
-    return Naming(folder / found->first, [&] {
+    return InFile(folder / found->first, [&] {
       auto [vocabulary, merges] = VocabularyOfFastTokenizer(found->second);
       return CLIPTokenizer(vocabulary, merges, config);
     });
   }
-  return Naming(folder, [&] {
+  return InFile(folder, [&] {
     return CLIPTokenizer(files.at("vocab.json"), files.at("merges.txt"), config);
   });
 }
@@ -224,16 +211,16 @@ std::unique_ptr<CLIPTokenizer> LoadCLIPTokenizer(const fs::path& folder) {
   return std::make_unique<CLIPTokenizer>(MakeCLIPTokenizer(ReadTokenizerFiles(folder), folder));
 }
 
-void SaveUNet(const fs::path& folder, UNet2DConditionModel& unet) {
-  Save(folder, kDiffusers, unet, unet.config().ToJson());
+void SaveUNet(const fs::path& folder, UNet2DConditionModel& unet, FloatFormat dtype) {
+  Save(folder, kDiffusers, unet, unet.config().ToJson(), dtype);
 }
 
-void SaveAutoencoderKL(const fs::path& folder, AutoencoderKL& vae) {
-  Save(folder, kDiffusers, vae, vae.config().ToJson());
+void SaveAutoencoderKL(const fs::path& folder, AutoencoderKL& vae, FloatFormat dtype) {
+  Save(folder, kDiffusers, vae, vae.config().ToJson(), dtype);
 }
 
-void SaveCLIPTextModel(const fs::path& folder, CLIPTextModel& text_encoder) {
-  Save(folder, kTransformers, text_encoder, text_encoder.config().ToJson());
+void SaveCLIPTextModel(const fs::path& folder, CLIPTextModel& text_encoder, FloatFormat dtype) {
+  Save(folder, kTransformers, text_encoder, text_encoder.config().ToJson(), dtype);
 }
 
 }  // namespace calotype

@@ -16,8 +16,8 @@
 
 namespace calotype {
 
-// Errors of all: FileError for a file that is missing or damaged, or whose tensors do not fit the
-// config (all problems in one text); ValueError or UnsupportedError naming a field of the config.
+// Errors of all: FileError for a file that is missing or damaged, whose tensors do not fit the
+// config (all problems in one text), or with a wrong field; UnsupportedError naming file and field.
 // Weights may be split into shards with an index, or be there in half precision only
 // ("*.fp16.safetensors").
 std::unique_ptr<UNet2DConditionModel> LoadUNet(const std::filesystem::path& folder);
@@ -34,10 +34,14 @@ std::map<std::string, std::string> ReadTokenizerFiles(const std::filesystem::pat
 CLIPTokenizer MakeCLIPTokenizer(const std::map<std::string, std::string>& files,
                                 const std::filesystem::path& folder);
 
-// Makes the folder if needed; each file is replaced atomically. Errors: FileError.
-void SaveUNet(const std::filesystem::path& folder, UNet2DConditionModel& unet);
-void SaveAutoencoderKL(const std::filesystem::path& folder, AutoencoderKL& vae);
-void SaveCLIPTextModel(const std::filesystem::path& folder, CLIPTextModel& text_encoder);
+// Makes the folder if needed; each file is replaced atomically. Half precision is rounded to the
+// nearest even (io/half.h). Errors: FileError.
+void SaveUNet(const std::filesystem::path& folder, UNet2DConditionModel& unet,
+              FloatFormat dtype = FloatFormat::kF32);
+void SaveAutoencoderKL(const std::filesystem::path& folder, AutoencoderKL& vae,
+                       FloatFormat dtype = FloatFormat::kF32);
+void SaveCLIPTextModel(const std::filesystem::path& folder, CLIPTextModel& text_encoder,
+                       FloatFormat dtype = FloatFormat::kF32);
 
 // The config in a file. Errors: FileError, and those of the config's FromJson with the path.
 UNet2DConditionConfig ReadUNetConfig(const std::filesystem::path& path);

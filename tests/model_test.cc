@@ -299,6 +299,76 @@ TEST(UNetTest, OddSizes) {
   }
 }
 
+// Residuals sin(step k + start) of a T2I-Adapter beside the inputs of a fixture; sums, elements and
+// norms of the gradients are diffusers' (0.42.1, float64).
+struct AdapterCase {
+  const char* fixture;
+  std::vector<Shape> shapes;
+  std::vector<double> steps;
+  double sum, mean;
+  std::vector<double> first, gradient_norms;
+};
+
+TEST(UNetTest, AdapterResiduals) {
+  const AdapterCase cases[] = {{"sd15-tiny",
+                                {{2, 8, 8, 8}, {2, 16, 4, 4}},
+                                {0.3, 0.2},
+                                55.5104103,
+                                0.423353006,
+                                {0.37343238, 0.3922516, 0.46936478, 0.3783478},
+                                {5.29773777, 3.46133933}},
+                               // With a block that has no attention, but a downsampler.
+                               {"pixel-3level",
+                                {{2, 8, 4, 4}, {2, 8, 4, 4}, {2, 16, 2, 2}},
+                                {0.3, 0.2, 0.1},
+                                67.0939522,
+                                0.538619683,
+                                {0.091061157, -0.49040233, 0.0095266041, 0.33924992},
+                                {6.13674753, 2.5954354, 1.39241948}}};
+  for (const AdapterCase& c : cases) {
+    SCOPED_TRACE(c.fixture);
+    fs::path folder = Fixture("unet") / c.fixture;
+    UNet2DConditionModel unet(UNet2DConditionConfig::FromJson(ReadText(folder / "config.json")));
+    unet.LoadParameters(ReadSafetensors(folder / "diffusion_pytorch_model.safetensors").tensors);
+    auto tensors = ReadSafetensors(folder / "tensors.safetensors").tensors;
+    std::vector<Tensor> inputs(6 + unet.skips());
+    inputs[0] = tensors.at("input.sample");
+    inputs[1] = tensors.at("input.timestep");
+    inputs[2] = tensors.at("input.encoder_hidden_states");
+    for (size_t i = 0; i < c.shapes.size(); ++i) {
+      Tensor& residual = inputs.emplace_back(c.shapes[i]);
+      for (int64_t k = 0; k < residual.elements(); ++k) {
+        residual.data()[k] = static_cast<float>(
+            std::sin(c.steps[i] * static_cast<double>(k) + static_cast<double>(i)));
+      }
+    }
+    Tensor y = unet.Forward(inputs)[0];
+    double sum = 0, magnitude = 0;
+    for (float v : y.values()) sum += v, magnitude += std::abs(v);
+    EXPECT_NEAR(sum, c.sum, 1e-3);
+    EXPECT_NEAR(magnitude / static_cast<double>(y.elements()), c.mean, 3e-6);
+    for (size_t k = 0; k < 4; ++k) EXPECT_NEAR(y.data()[k], c.first[k], 1e-5);
+    std::vector<Tensor> gradients = unet.Backward(tensors.at("cotangent.out"));
+    for (size_t i = 0; i < c.shapes.size(); ++i) {
+      double squares = 0;
+      for (float v : gradients[6 + unet.skips() + i].values()) squares += double{v} * v;
+      EXPECT_NEAR(std::sqrt(squares), c.gradient_norms[i], 1e-4 * c.gradient_norms[i]);
+    }
+    // One that is absent, and wrong ones.
+    inputs.back() = Tensor();
+    EXPECT_GT(LargestDifference(unet.Forward(inputs)[0], y), 1e-3);
+    inputs.back() = Tensor::Zeros({2, 3, 4, 4});
+    EXPECT_THAT(MessageOf<ShapeError>([&] { unet.Forward(inputs); }),
+                HasSubstr("down_intrablock_additional_residual"));
+    inputs.emplace_back();
+    EXPECT_THAT(MessageOf<ShapeError>([&] { unet.Forward(inputs); }), HasSubstr("down blocks"));
+    inputs.resize(8);
+    inputs[6] = Tensor::Zeros({2, 8, 8, 8});
+    EXPECT_THAT(MessageOf<ShapeError>([&] { unet.Forward(inputs); }),
+                HasSubstr("1 down_block_additional_residuals given"));
+  }
+}
+
 TEST(UNetTest, OptionsHaveAnEffect) {
   Inputs in = RandomInputs(Tiny(), 1, 8, 8);
   auto run = [&](const UNet2DConditionConfig& config) {

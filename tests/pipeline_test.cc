@@ -265,7 +265,7 @@ TEST_F(PipelineTest, DamagedModelFoldersAreFileErrors) {
   auto config = nlohmann::json::parse(ReadText(Folder("model") / "unet/config.json"));
   config["colour"] = "red";
   test::WriteText(Folder("model") / "unet/config.json", config.dump());
-  EXPECT_THAT(MessageOf<ValueError>(load), HasSubstr("colour"));
+  EXPECT_THAT(MessageOf<FileError>(load), HasSubstr("colour"));
   restore();
 
   test::WriteText(Folder("model") / "model_index.json", "{}");

@@ -10,9 +10,11 @@
 #include <vector>
 
 #include "core/torch_random.h"
+#include "layers/activation.h"
 #include "layers/attention.h"
 #include "layers/resample.h"
 #include "layers/resnet.h"
+#include "layers/timesteps.h"
 #include "layers/transformer.h"
 #include "models/unet_2d_condition.h"
 #include "models/unet_blocks.h"
@@ -142,6 +144,36 @@ TEST(TorchSeed, Transformer2DModel) {
               {0.0143, -0.6909, -2.1547, -1.8893, 1.4097, 0.1359, -0.2521, -1.3359, 0.2598});
 }
 
+// No random numbers: rows 23 to 25, columns 47 to 49 of the sinusoids of timesteps 0 to 127.
+TEST(TorchSeed, Timesteps) {
+  std::vector<float> steps;
+  for (int t = 0; t < 128; ++t) steps.push_back(static_cast<float>(t));
+  auto expect = [&](const nn::Timesteps::Options& options, const std::vector<double>& expected) {
+    const Tensor y = nn::Timesteps(options).Forward(Tensor::From({128}, steps));
+    for (int64_t k = 0; k < 9; ++k) {
+      EXPECT_NEAR(y.data()[(23 + k / 3) * 64 + 47 + k % 3], expected[static_cast<size_t>(k)], 1e-4);
+    }
+  };
+  expect({.num_channels = 64, .flip_sin_to_cos = false, .downscale_freq_shift = 1},
+         {0.9646, 0.9804, 0.9892, 0.9615, 0.9787, 0.9882, 0.9582, 0.9769, 0.9872});
+  expect({.num_channels = 64, .flip_sin_to_cos = true, .downscale_freq_shift = 0},
+         {0.3019, 0.2280, 0.1716, 0.3146, 0.2377, 0.1790, 0.3272, 0.2474, 0.1864});
+}
+
+TEST(TorchSeed, Activations) {
+  for (const char* name : {"silu", "gelu", "mish"}) {
+    const Tensor x = Tensor::From<float>({5}, std::vector<float>{-200, -100, -1, 0, 20});
+    const Tensor y = nn::Activation(name).Forward(x);
+    EXPECT_EQ(y.data()[0], 0) << name;
+    if (name != std::string("mish")) {
+      EXPECT_EQ(y.data()[1], 0) << name;
+    }
+    EXPECT_NE(y.data()[2], 0) << name;
+    EXPECT_EQ(y.data()[3], 0) << name;
+    EXPECT_EQ(y.data()[4], 20) << name;
+  }
+}
+
 // --- Blocks of one layer and 32 channels, without encoder_hidden_states.
 
 class Blocks : public ::testing::Test {
@@ -267,6 +299,7 @@ struct UNetCase {
   std::vector<std::string> down, up;
   int64_t layers, groups;
   double sum, mean, first[4], loss, gradient_norm;
+  bool simple = false;  // blocks with added keys and values
 };
 
 TEST(TorchSeed, UNets) {
@@ -293,6 +326,17 @@ TEST(TorchSeed, UNets) {
        {0.240114, 0.080246, 0.203513, 0.231662},
        0.6010774,
        1.093749},
+      {{32, 64},
+       {"SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"},
+       {"ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"},
+       1,
+       32,
+       -155.47493,
+       0.2998885,
+       {0.010753, 0.075574, 0.106158, 0.022506},
+       0.6408914,
+       3.121738,
+       true},
   };
   auto fill = [](const Shape& shape, double step, double start) {
     Tensor x(shape);
@@ -301,7 +345,7 @@ TEST(TorchSeed, UNets) {
     return x;
   };
   for (const UNetCase& c : cases) {
-    SCOPED_TRACE(c.channels[0]);
+    SCOPED_TRACE(c.down[0]);
     UNet2DConditionConfig config;
     config.block_out_channels = c.channels;
     config.down_block_types = c.down;
@@ -309,6 +353,7 @@ TEST(TorchSeed, UNets) {
     config.layers_per_block.assign(c.channels.size(), c.layers);
     config.cross_attention_dim.assign(c.channels.size(), 32);
     config.norm_num_groups = c.groups;
+    if (c.simple) config.mid_block_type = "UNetMidBlock2DSimpleCrossAttn";
     UNet2DConditionModel unet(config);
     TorchRandom random(0);
     DrawParameters(unet, random);
