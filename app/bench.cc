@@ -20,7 +20,7 @@ struct Command {
   std::vector<int64_t> batches{1, 64};
   int64_t tokens = 8;
   double seconds = 2;
-  bool train = false, kernels = false, profile = false;
+  bool train = false, kernels = false, profile = false, tune = false;
   std::string winograd = "auto", only;
 };
 
@@ -30,6 +30,7 @@ class Bench {
       : command_(command),
         options_{.seconds = command.seconds, .profile = command.profile || !command.trace.empty()} {
     options_.compile.winograd = jit::ParseWinograd(command.winograd);
+    options_.compile.tune = command.tune;
     report_.processor = ProcessorName();
     report_.threads = Threads();
     report_.winograd = command.winograd;
@@ -124,6 +125,8 @@ void AddBench(CLI::App& app, Selected& selected) {
   bench->add_option("--only", command->only, "Only rows whose name contains this text");
   bench->add_option("--winograd", command->winograd, "auto (where it pays) or off")
       ->capture_default_str();
+  bench->add_flag("--tune", command->tune,
+                  "Measure which algorithms are fastest here instead of estimating it");
   bench->add_flag("--profile", command->profile, "Also the time of each step of the compiled form");
   bench->add_option("--json", command->json, "File for all figures");
   bench->add_option("--trace", command->trace, "File for a Chrome trace of one call of each row");

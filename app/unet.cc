@@ -27,6 +27,7 @@ using Json = nlohmann::ordered_json;
 struct Command {
   std::filesystem::path model, inputs, output, json;
   std::string backend = "jit", winograd = "auto";
+  bool tune = false;
   int repeat = 1;
   bool on_demand = false;
 };
@@ -79,6 +80,8 @@ struct Session {
 jit::CompileOptions CompileOptionsOf(const Command& command) {
   jit::CompileOptions options;
   options.winograd = jit::ParseWinograd(command.winograd);
+  options.tune = command.tune;
+  options.release_weights = true;  // the model is compiled once
   return options;
 }
 
@@ -199,6 +202,9 @@ void AddUNet(CLI::App& app, Selected& selected) {
   unet->add_option("--backend", command->backend, "jit or eager")->capture_default_str();
   unet->add_option("--winograd", command->winograd, "auto (where it pays) or off; for jit")
       ->capture_default_str();
+  unet->add_flag("--tune", command->tune,
+                 "Measure which algorithms are fastest here instead of estimating it; kept in the "
+                 "compile cache; for jit");
   unet->add_option("--repeat", command->repeat, "Calls to time")
       ->capture_default_str()
       ->check(CLI::Range(1, 1000000));
