@@ -132,8 +132,12 @@ std::vector<LoraTarget> LoraTargets(const LoraModel& model) {
   std::vector<LoraTarget> targets;
   auto add = [&](Layer* part, const char* prefix) {
     if (!part) return;
-    for (const auto& [path, layer] : nn::LoRACompatibleLayers(*part))
+    for (const auto& [path, layer] : nn::LoRACompatibleLayers(*part)) {
+      Check(!IsPathEnd(path, "to_qkv") && !IsPathEnd(path, "to_kv"),
+            "LoRA: {}{} are fused projections, which would not see the change; unfuse them first",
+            prefix, path);
       targets.push_back({prefix + path, layer, layer->ParameterShapes().at(0).second});
+    }
   };
   add(model.unet, "unet.");
   add(model.text_encoder, "text_encoder.");

@@ -38,6 +38,8 @@ struct LoraTarget {
   nn::LoRACompatible* layer;
   Shape weight;  // [out, in] or [out, in, k, k]
 };
+// Errors: ValueError for a model with fused projections (Attention::FuseProjections), which would
+// not see a change of those that they replace.
 std::vector<LoraTarget> LoraTargets(const LoraModel& model);
 
 // How the modules of a file meet a model's layers.
@@ -96,13 +98,13 @@ class MergedLora {
 };
 // W += sum over files of weight alpha / rank up down, summed in float64 and rounded once, so the
 // order of the files makes no difference beyond that. Keeps a copy of each weight that changes.
-// Layers with fused projections (Attention::FuseProjections) keep those as they are. Errors: see
-// ResolveLora; ValueError for a weight that is not finite.
+// Errors: see ResolveLora; ValueError for a weight that is not finite.
 MergedLora MergeLora(const LoraModel& model, std::span<const WeightedLora> loras,
                      const LoraOptions& options = {});
 
 // ---- low-rank terms beside the layers; `name` tells several apart and appears in the paths of
-// their parameters: "unet...attn1.to_q.lora.down.weight".
+// their parameters: "unet...attn1.to_q.lora.down.weight". They are part of what
+// Layer::SaveParameters gives; detach them before the model itself is written.
 
 constexpr const char* kLoraName = "lora";
 

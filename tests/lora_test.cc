@@ -12,6 +12,8 @@
 #include "core/random.h"
 #include "graph/functions.h"
 #include "io/safetensors.h"
+#include "layers/attention_modules.h"
+#include "pipelines/custom_diffusion.h"
 #include "pipelines/graph_runner.h"
 #include "pipelines/lora.h"
 #include "pipelines/lora_names.h"
@@ -19,6 +21,7 @@
 #include "pipelines/model_folder.h"
 #include "pipelines/training_setup.h"
 #include "tests/expect_error.h"
+#include "tests/run_program.h"
 #include "tests/temp_folder.h"
 #include "tests/tiny_unet.h"
 
@@ -414,6 +417,22 @@ TEST(LoraTest, ALoraForAnotherModelChangesNothing) {
   ExpectSameWeights(m.Weights(), before);
 }
 
+TEST(LoraTest, FusedProjectionsAreRefused) {
+  Models m;
+  auto before = nn::FuseQkvProjections(*m.unet);
+  WeightedLora lora = Golden("attention-peft");
+  EXPECT_THAT(MessageOf<ValueError>([&] {
+                MergeLora(m.model(), {&lora, 1});
+              }),
+              HasSubstr("attn1.to_qkv are fused projections"));
+  nn::UnfuseQkvProjections(*m.unet, before);
+  AttachLora(m.model(), lora);
+  m.ExpectGolden("attention");
+  // The other way round, when the graph is built.
+  nn::FuseQkvProjections(*m.unet);
+  EXPECT_THAT(MessageOf<ValueError>([&] { m.Run(); }), HasSubstr("would be ignored"));
+}
+
 TEST(LoraTest, DamagedAndForeignFiles) {
   auto parse = [](const TensorFile& file) { return ParseLora(FormatSafetensors(file), "f"); };
   TensorFile good = Tensors("full-kohya");
@@ -686,6 +705,122 @@ TEST(LoraTrainingTest, WrongOptions) {
   EXPECT_THAT(error({.text_encoder_targets = "to_q"}), HasSubstr("no effect"));
   EXPECT_THAT(error({.format = "processor"}), HasSubstr("read only"));
   EXPECT_FALSE(std::filesystem::exists(folder / "run"));
+}
+
+// ---------------------------------------------------------------- Custom Diffusion
+
+TEST(CustomDiffusionTest, GoldenFileRoundTripAndTraining) {
+  test::TempFolder folder;
+  Models m;
+  LoadCustomDiffusion(kFolder / "custom-diffusion.safetensors", *m.unet);
+  EXPECT_LT(RelativeError(m.Run().out, m.golden.at("custom_diffusion.out")), 5e-6);
+  EXPECT_EQ(CustomDiffusionParameters(*m.unet).size(), 20u);  // 4 modules, q, k, v, out, bias
+  SaveCustomDiffusion(folder / "a.safetensors", *m.unet);
+  std::map<std::string, Tensor> read = ReadSafetensors(folder / "a.safetensors").tensors,
+                                original = Tensors("custom-diffusion").tensors;
+  ASSERT_EQ(read.size(), original.size());
+  for (const auto& [name, tensor] : original) EXPECT_TRUE(SameBits(tensor, read.at(name))) << name;
+
+  // A start changes nothing; training changes the copies alone.
+  for (const char* freeze_model : {"crossattn_kv", "crossattn"}) {
+    Models fresh;
+    AddCustomDiffusion(*fresh.unet, freeze_model);
+    fresh.ExpectGolden("base");
+    std::vector<ParameterPtr> copies = CustomDiffusionParameters(*fresh.unet);
+    EXPECT_EQ(copies.size(), std::string(freeze_model) == "crossattn" ? 20u : 8u);
+    for (const ParameterPtr& p : fresh.unet->NamedParameters()) p->set_trainable(false);
+    for (const ParameterPtr& p : copies) p->set_trainable(true);
+    Tensor base = fresh.unet->FindParameter("conv_in.weight")->value().Clone();
+    Tensor before = copies[0]->value().Clone();
+    fresh.unet->SetTrainingMode(true);
+    Tensor y = fresh.Run().out;
+    fresh.unet->Backward(y);
+    fresh.unet->UpdateParameters(0.1f);
+    EXPECT_TRUE(SameBits(base, fresh.unet->FindParameter("conv_in.weight")->value()));
+    EXPECT_FALSE(SameBits(before, copies[0]->value()));
+  }
+}
+
+TEST(CustomDiffusionTest, WhatDoesNotFitChangesNothing) {
+  test::TempFolder folder;
+  Models m;
+  const std::map<std::string, Tensor> good = Tensors("custom-diffusion").tensors;
+  const std::string name =
+      "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_v_custom_diffusion.weight";
+  auto error = [&](std::map<std::string, Tensor> tensors) {
+    WriteSafetensors(folder / "bad.safetensors", {std::move(tensors), {}});
+    return MessageOf<FileError>([&] { LoadCustomDiffusion(folder / "bad.safetensors", *m.unet); });
+  };
+  auto tensors = good;
+  tensors[name] = Tensor::Full({8, 17}, 1);
+  EXPECT_THAT(error(tensors), HasSubstr(name + ": f32[8, 17] does not fit the layer's [8, 16]"));
+  tensors.erase(name);
+  EXPECT_THAT(error(tensors), HasSubstr(name + " is missing"));
+  tensors = good;
+  tensors["mid_block.x.processor.to_k_custom_diffusion.weight"] = Tensor::Full({8, 8}, 1);
+  EXPECT_THAT(error(tensors), HasSubstr("1 of 21 tensors belong to no layer"));
+  m.ExpectGolden("base");
+  EXPECT_TRUE(CustomDiffusionParameters(*m.unet).empty());
+  EXPECT_THROW(SaveCustomDiffusion(folder / "x.safetensors", *m.unet), ValueError);
+  EXPECT_THAT(MessageOf<ValueError>([&] { AddCustomDiffusion(*m.unet, "all"); }),
+              HasSubstr("crossattn_kv or crossattn"));
+}
+
+// ---------------------------------------------------------------- the program
+
+TEST(LoraAppTest, TrainsConvertsMergesAndSamples) {
+  test::TempFolder folder;
+  WriteModel(folder);
+  auto run = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), {CALOTYPE_BIN_DIR "/calotype", "--threads", "1"});
+    return test::RunProgram(arguments);
+  };
+  auto ok = [&](const std::vector<std::string>& arguments) {
+    test::ProgramResult result = run(arguments);
+    EXPECT_EQ(result.code, 0) << fmt::format("{}\n{}", fmt::join(arguments, " "), result.err);
+    return result.out;
+  };
+  const std::string model = folder / "model",
+                    lora = folder / "run/pytorch_lora_weights.safetensors",
+                    kohya = folder / "kohya.safetensors", merged = folder / "merged";
+  ok({"train", "lora", "--model", model, "--data", "shapes", "--rank", "2", "--network-alpha", "3",
+      "--lr", "0.05", "--steps", "4", "--sample-steps", "0", "--out", folder / "run"});
+  std::string info = ok({"lora", "info", lora, "--model", model});
+  EXPECT_THAT(info, HasSubstr("32 modules"));
+  EXPECT_THAT(info, HasSubstr("ranks 2; alphas 3"));
+  EXPECT_THAT(info, HasSubstr("32 of 32 modules match"));
+  // The layers are not those of Stable Diffusion.
+  EXPECT_THAT(ok({"lora", "convert", lora, "--model", model, "--format", "kohya", "--out", kohya}),
+              HasSubstr("32 modules as kohya"));
+  ok({"lora", "merge", "--model", model, "--lora", kohya + ":0.5", "--out", merged});
+  auto sample = [&](const std::string& of, const std::string& out,
+                    std::vector<std::string> more = {}) {
+    std::vector<std::string> arguments = {
+        "sample", "--model", of,          "--prompt", "a red circle", "--steps",   "2",
+        "--seed", "3",       "--backend", "eager",    "--out",        folder / out};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    ok(arguments);
+    return test::ReadText(folder / out);
+  };
+  std::string plain = sample(model, "plain.png");
+  std::string with = sample(model, "with.png", {"--lora", lora + ":0.2", "--lora", kohya + ":0.3"});
+  EXPECT_NE(with, plain);
+  EXPECT_EQ(sample(model, "zero.png", {"--lora", lora + ":0"}), plain);
+  EXPECT_EQ(sample(merged, "merged.png"), sample(model, "half.png", {"--lora", lora + ":0.5"}));
+
+  auto fails = [&](int code, const std::string& text, const std::vector<std::string>& arguments) {
+    test::ProgramResult result = run(arguments);
+    EXPECT_EQ(result.code, code) << result.err;
+    EXPECT_THAT(result.err, HasSubstr(text));
+  };
+  const std::string other = kFolder / "attention-kohya.safetensors";
+  fails(3, "24 of 40 modules match",
+        {"sample", "--model", model, "--prompt", "a", "--lora", other, "--allow-unmatched"});
+  fails(3, "wrong shape", {"lora", "info", other, "--model", model});
+  fails(3, "name the model", {"lora", "convert", lora, "--out", folder / "x.safetensors"});
+  fails(2, "requires --lora", {"sample", "--model", model, "--prompt", "a", "--allow-unmatched"});
+  fails(2, "is no number", {"sample", "--model", model, "--prompt", "a", "--lora", lora + ":much"});
+  fails(2, "unknown", {"train", "lora", "--unet", "toy16", "--out", folder / "y"});
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ import tempfile
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -84,6 +85,26 @@ def expected_by_diffusers(path, inputs):
     return run(unet, text, inputs)
 
 
+def custom_diffusion(golden, inputs):
+    """A Custom Diffusion file and its effect; attn1 has processors without parameters."""
+    unet, text = make_models()
+    generator = torch.Generator().manual_seed(7)
+    processors = {}
+    for name, module in unet.named_modules():
+        if name.endswith(("attn1", "attn2")):
+            cross = name.endswith("attn2")
+            processors[name + ".processor"] = CustomDiffusionAttnProcessor2_0(
+                train_kv=cross, train_q_out=cross, hidden_size=module.to_q.weight.shape[0],
+                cross_attention_dim=module.to_k.weight.shape[1])
+    unet.set_attn_processor(processors)
+    with torch.no_grad():
+        for name, p in unet.named_parameters():
+            if "custom_diffusion" in name:
+                p.copy_(0.4 * torch.randn(p.shape, generator=generator))
+    unet.save_attn_procs(HERE, weight_name="custom-diffusion.safetensors", safe_serialization=True)
+    golden["custom_diffusion.out"] = run(unet, text, inputs)["out"]
+
+
 def main():
     unet, text = make_models()
     unet.save_pretrained(os.path.join(HERE, "unet"))
@@ -94,6 +115,7 @@ def main():
     golden = dict(inputs)
     golden.update({f"base.{k}": v for k, v in run(unet, text, inputs).items()})
 
+    custom_diffusion(golden, inputs)
     models = {}
     # Attention only and alpha = rank: what all four spellings can say.
     attach(unet, 3, r=3, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
