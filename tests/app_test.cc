@@ -362,7 +362,10 @@ TEST_F(AppTest, NumbersThatAreNotFiniteAreCode4) {
 }
 
 TEST_F(AppTest, AKilledRunContinuesBitForBit) {
-  std::vector<std::string> more{"--steps", "40", "--checkpointing-steps", "4"};
+  std::vector<std::string> more{"--steps",        "40",  "--checkpointing-steps",         "4",
+                                "--batch-size",   "2",   "--gradient-accumulation-steps", "2",
+                                "--noise-offset", "0.1", "--input-perturbation",          "0.1",
+                                "--snr-gamma",    "5"};
   ASSERT_EQ(Calotype(Train("whole", more)).code, 0);
   TempFolder output;
   pid_t process = test::StartProgram(Program(Train("parts", more)), output);

@@ -199,6 +199,23 @@ TEST_F(TrainerTest, NumbersThatAreNotFiniteStopTheRunAndKeepTheCheckpoint) {
   EXPECT_THAT(MessageOf<NumericError>([&] { Train("other"); }), HasSubstr("no checkpoint yet"));
 }
 
+TEST_F(TrainerTest, GoesOnWithTheModelOfARun) {
+  options_.prediction_type = "epsilon";
+  Train("first");
+  options_.model = Folder("first");
+  options_.prediction_type = TrainOptions().prediction_type;  // the model knows
+  EXPECT_THAT(MessageOf<ValueError>([&] { Train("none"); }), HasSubstr("unet has no effect"));
+  options_.unet = TrainOptions().unet;
+  options_.learning_rate = 0;
+  Train("second");
+  EXPECT_EQ(Weights("second"), Weights("first"));
+  EXPECT_EQ(ReadText(Folder("second") / "scheduler/scheduler_config.json"),
+            ReadText(Folder("first") / "scheduler/scheduler_config.json"));
+  options_.learning_rate = 1e-3;
+  Train("third");
+  EXPECT_NE(Weights("third"), Weights("first"));
+}
+
 TEST_F(TrainerTest, OnlyTheTargetTrains) {
   auto data = OpenDataset(options_, {});
   auto model = MakeModel(options_, *data);
