@@ -1,0 +1,328 @@
+// Training of LoRAs and of Custom Diffusion weights, Dreambooth's prior loss, and the LoRA
+// commands.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <sstream>
+
+#include "core/parallel.h"
+#include "core/random.h"
+#include "pipelines/custom_diffusion.h"
+#include "pipelines/lora_training.h"
+#include "pipelines/training_setup.h"
+#include "tests/expect_error.h"
+#include "tests/lora_models.h"
+#include "tests/run_program.h"
+#include "tests/temp_folder.h"
+#include "tests/tiny_unet.h"
+
+namespace calotype {
+namespace {
+
+using namespace test;
+using ::testing::HasSubstr;
+
+// ---------------------------------------------------------------- training
+
+TrainOptions TrainingOptions() {
+  SetThreads(1);  // threads would cost more than they give at this size
+  TrainOptions options = LoraTrainDefaults();
+  options.data = "shapes";
+  options.train_batch_size = 4;
+  options.max_train_steps = 100;
+  options.validation_fraction = 0.1;
+  options.validation_steps = 0;
+  options.learning_rate = 2e-2;
+  options.sample_steps = 0;
+  options.checkpointing_steps = 0;
+  options.seed = 3;
+  return options;
+}
+
+constexpr const char* kEverything = "to_q,to_k,to_v,to_out.0,conv1,conv2,proj_in,ff.net.2,conv_in";
+
+// The folder of a model whose weights are random.
+void WriteModel(const test::TempFolder& folder) {
+  folder.Write("unet.json", test::kTinyUNet);
+  TrainOptions options;
+  options.unet = (folder / "unet.json").string();
+  options.caption_layers = 1;
+  options.seed = 1;
+  MakeModel(options, *OpenDataset(options, {}))->Save(folder / "model");
+}
+
+std::vector<double> Losses(const std::filesystem::path& run) {
+  std::vector<double> losses;
+  std::istringstream lines(test::ReadText(run / "metrics.jsonl"));
+  for (std::string line; std::getline(lines, line);) {
+    size_t at = line.find("\"loss\":");
+    if (at != line.npos) losses.push_back(std::stod(line.substr(at + 7)));
+  }
+  return losses;
+}
+
+TEST(LoraTrainingTest, LossFallsWhileTheBaseKeepsItsBits) {
+  test::TempFolder folder;
+  WriteModel(folder);
+  auto model = DiffusionModel::Load(folder / "model");
+  LoraModel target = LoraModelOf(*model);
+  std::vector<std::pair<ParameterPtr, Tensor>> base;
+  for (const ParameterPtr& p : model->NamedParameters()) base.emplace_back(p, p->value().Clone());
+  AddLora(target, {.rank = 4,
+                   .targets = {"to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_in"},
+                   .text_encoder_targets = {"to_q", "to_v"}});
+  TrainOptions options = TrainingOptions();
+  options.model = (folder / "model").string();
+  auto data = OpenDataset(options, {});
+  Trainer trainer(
+      *model, *data, options, folder / "run", false, {},
+      {.parameters = LoraParameters(target), .save = [&](const std::filesystem::path& run) {
+         SaveLora(run / "lora.safetensors", CollectLora(target), LoraDialect::kPeft);
+       }});
+  double before = trainer.Validate().loss;
+  trainer.Run();
+  EXPECT_LT(trainer.Validate().loss, 0.75 * before);
+  for (const auto& [p, value] : base) EXPECT_TRUE(SameBits(p->value(), value)) << p->name();
+  // Only the terms are in the checkpoint.
+  uint64_t bytes = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(folder / "run" / "checkpoints"))
+    bytes += entry.file_size();
+  EXPECT_LT(bytes, 200'000u);
+
+  // The file, merged into the model as it was, gives what was trained.
+  auto fresh = DiffusionModel::Load(folder / "model");
+  WeightedLora lora{LoadLora(folder / "run" / "lora.safetensors")};
+  MergeLora(LoraModelOf(*fresh), {&lora, 1});
+  Random random(1, "test");
+  std::vector<Tensor> inputs = {random.NormalTensor({2, 3, 16, 16}),
+                                Tensor::From<int64_t>({2}, std::vector<int64_t>{3, 600}),
+                                model->Tokens(std::vector<std::string>{"a red circle", ""}, {})};
+  model->SetTrainingMode(false);
+  Tensor trained = model->Forward(inputs)[0];
+  EXPECT_LT(RelativeError(fresh->Forward(inputs)[0], trained), 1e-5);
+  DetachLora(target);
+  EXPECT_GT(RelativeError(model->Forward(inputs)[0], trained), 0.1);
+}
+
+TEST(LoraTrainingTest, ARunContinuesBitForBit) {
+  test::TempFolder folder;
+  WriteModel(folder);
+  TrainOptions options = TrainingOptions();
+  options.model = (folder / "model").string();
+  options.max_train_steps = 12;
+  LoraTrainOptions lora{.rank = 2,
+                        .alpha = 3,
+                        .targets = kEverything,
+                        .train_text_encoder = true,
+                        .text_encoder_targets = "to_q",
+                        .format = "kohya"};
+  TrainLora(lora, options, folder / "whole");
+  int64_t steps = 0;
+  TrainCallbacks stop{.progress = [&](const TrainProgress& p) { steps = p.step; },
+                      .cancelled = [&] { return steps == 5; }};
+  EXPECT_THROW(TrainLora(lora, options, folder / "halves", false, {}, stop), CancelledError);
+  // Options that differ from the run's are refused; the run's count.
+  LoraTrainOptions other = lora;
+  other.rank = 3;
+  EXPECT_THAT(
+      MessageOf<ValueError>([&] { TrainLora(other, options, folder / "halves", true, {"rank"}); }),
+      HasSubstr("rank is 3 here and 2 in the run"));
+  TrainLora({}, {}, folder / "halves", true);
+  EXPECT_EQ(test::ReadText(LoraFileOf(folder / "halves", "kohya")),
+            test::ReadText(LoraFileOf(folder / "whole", "kohya")));
+  EXPECT_EQ(Losses(folder / "halves"), Losses(folder / "whole"));
+  LoraFile file = LoadLora(LoraFileOf(folder / "whole", "kohya"));
+  EXPECT_EQ(file.dialect, LoraDialect::kKohya);
+  EXPECT_EQ(file.modules.begin()->second.alpha, 3);
+}
+
+TEST(LoraTrainingTest, CompiledStepsAreTheSame) {
+  test::TempFolder folder;
+  WriteModel(folder);
+  TrainOptions options = TrainingOptions();
+  options.model = (folder / "model").string();
+  options.max_train_steps = 6;
+  TrainLora({}, options, folder / "eager");
+  options.backend = "jit";
+  TrainLora({}, options, folder / "jit");
+  std::vector<double> eager = Losses(folder / "eager"), compiled = Losses(folder / "jit");
+  ASSERT_EQ(eager.size(), compiled.size());
+  for (size_t i = 0; i < eager.size(); ++i) EXPECT_NEAR(compiled[i], eager[i], 1e-4 * eager[i]);
+}
+
+// The loss is that of the data plus prior_loss_weight times that of the class.
+TEST(LoraTrainingTest, DreamboothAddsTheLossOfTheClass) {
+  test::TempFolder folder;
+  WriteModel(folder);
+  TrainOptions options = TrainingOptions();
+  options.model = (folder / "model").string();
+  options.max_train_steps = 1;
+  int runs = 0;
+  auto first_loss = [&] {
+    std::filesystem::path run = folder / fmt::format("run{}", ++runs);
+    TrainLora({}, options, run);
+    return Losses(run).at(0);
+  };
+  double own = first_loss();
+  options.class_data = "shapes";
+  double both = first_loss();
+  options.prior_loss_weight = 0;
+  EXPECT_NEAR(first_loss(), own, 1e-6 * own);
+  options.prior_loss_weight = 3;
+  EXPECT_NEAR(first_loss(), own + 3 * (both - own), 1e-5 * own);
+  EXPECT_GT(both, 1.2 * own);
+  EXPECT_GT(std::abs(both - 2 * own), 1e-3 * own);  // the class has pictures and noise of its own
+
+  // A run continues with both streams where they were.
+  options.max_train_steps = 8;
+  options.gradient_accumulation_steps = 2;
+  TrainLora({}, options, folder / "whole");
+  int64_t steps = 0;
+  TrainCallbacks stop{.progress = [&](const TrainProgress& p) { steps = p.step; },
+                      .cancelled = [&] { return steps == 3; }};
+  EXPECT_THROW(TrainLora({}, options, folder / "halves", false, {}, stop), CancelledError);
+  TrainLora({}, {}, folder / "halves", true);
+  EXPECT_EQ(Losses(folder / "halves"), Losses(folder / "whole"));
+
+  options.class_data = "";
+  EXPECT_THAT(MessageOf<ValueError>([&] { TrainLora({}, options, folder / "x"); }),
+              HasSubstr("prior_loss_weight has no effect without class_data"));
+}
+
+TEST(LoraTrainingTest, WrongOptions) {
+  test::TempFolder folder;
+  WriteModel(folder);
+  TrainOptions options = TrainingOptions();
+  auto error = [&](const LoraTrainOptions& lora) {
+    return MessageOf<ValueError>([&] { TrainLora(lora, options, folder / "run"); });
+  };
+  EXPECT_THAT(error({}), HasSubstr("needs a model"));
+  options.model = (folder / "model").string();
+  EXPECT_THAT(error({.rank = 0}), HasSubstr("rank is 0"));
+  EXPECT_THAT(error({.alpha = -1}), HasSubstr("alpha is -1"));
+  EXPECT_THAT(error({.targets = ""}), HasSubstr("no targets"));
+  EXPECT_THAT(error({.targets = "to_q,nothing"}), HasSubstr("'nothing'"));
+  EXPECT_THAT(error({.text_encoder_targets = "to_q"}), HasSubstr("no effect"));
+  EXPECT_THAT(error({.format = "processor"}), HasSubstr("read only"));
+  EXPECT_FALSE(std::filesystem::exists(folder / "run"));
+}
+
+// ---------------------------------------------------------------- Custom Diffusion
+
+TEST(CustomDiffusionTest, GoldenFileRoundTripAndTraining) {
+  test::TempFolder folder;
+  Models m;
+  LoadCustomDiffusion(kFolder / "custom-diffusion.safetensors", *m.unet);
+  EXPECT_LT(RelativeError(m.Run().out, m.golden.at("custom_diffusion.out")), 5e-6);
+  EXPECT_EQ(CustomDiffusionParameters(*m.unet).size(), 20u);  // 4 modules, q, k, v, out, bias
+  SaveCustomDiffusion(folder / "a.safetensors", *m.unet);
+  std::map<std::string, Tensor> read = ReadSafetensors(folder / "a.safetensors").tensors,
+                                original = Tensors("custom-diffusion").tensors;
+  ASSERT_EQ(read.size(), original.size());
+  for (const auto& [name, tensor] : original) EXPECT_TRUE(SameBits(tensor, read.at(name))) << name;
+
+  // A start changes nothing; training changes the copies alone.
+  for (const char* freeze_model : {"crossattn_kv", "crossattn"}) {
+    Models fresh;
+    AddCustomDiffusion(*fresh.unet, freeze_model);
+    fresh.ExpectGolden("base");
+    std::vector<ParameterPtr> copies = CustomDiffusionParameters(*fresh.unet);
+    EXPECT_EQ(copies.size(), std::string(freeze_model) == "crossattn" ? 20u : 8u);
+    for (const ParameterPtr& p : fresh.unet->NamedParameters()) p->set_trainable(false);
+    for (const ParameterPtr& p : copies) p->set_trainable(true);
+    Tensor base = fresh.unet->FindParameter("conv_in.weight")->value().Clone();
+    Tensor before = copies[0]->value().Clone();
+    fresh.unet->SetTrainingMode(true);
+    Tensor y = fresh.Run().out;
+    fresh.unet->Backward(y);
+    fresh.unet->UpdateParameters(0.1f);
+    EXPECT_TRUE(SameBits(base, fresh.unet->FindParameter("conv_in.weight")->value()));
+    EXPECT_FALSE(SameBits(before, copies[0]->value()));
+  }
+}
+
+TEST(CustomDiffusionTest, WhatDoesNotFitChangesNothing) {
+  test::TempFolder folder;
+  Models m;
+  const std::map<std::string, Tensor> good = Tensors("custom-diffusion").tensors;
+  const std::string name =
+      "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_v_custom_diffusion.weight";
+  auto error = [&](std::map<std::string, Tensor> tensors) {
+    WriteSafetensors(folder / "bad.safetensors", {std::move(tensors), {}});
+    return MessageOf<FileError>([&] { LoadCustomDiffusion(folder / "bad.safetensors", *m.unet); });
+  };
+  auto tensors = good;
+  tensors[name] = Tensor::Full({8, 17}, 1);
+  EXPECT_THAT(error(tensors), HasSubstr(name + ": f32[8, 17] does not fit the layer's [8, 16]"));
+  tensors.erase(name);
+  EXPECT_THAT(error(tensors), HasSubstr(name + " is missing"));
+  tensors = good;
+  tensors["mid_block.x.processor.to_k_custom_diffusion.weight"] = Tensor::Full({8, 8}, 1);
+  EXPECT_THAT(error(tensors), HasSubstr("1 of 21 tensors belong to no layer"));
+  m.ExpectGolden("base");
+  EXPECT_TRUE(CustomDiffusionParameters(*m.unet).empty());
+  EXPECT_THROW(SaveCustomDiffusion(folder / "x.safetensors", *m.unet), ValueError);
+  EXPECT_THAT(MessageOf<ValueError>([&] { AddCustomDiffusion(*m.unet, "all"); }),
+              HasSubstr("crossattn_kv or crossattn"));
+}
+
+// ---------------------------------------------------------------- the program
+
+TEST(LoraAppTest, TrainsConvertsMergesAndSamples) {
+  test::TempFolder folder;
+  WriteModel(folder);
+  auto run = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), {CALOTYPE_BIN_DIR "/calotype", "--threads", "1"});
+    return test::RunProgram(arguments);
+  };
+  auto ok = [&](const std::vector<std::string>& arguments) {
+    test::ProgramResult result = run(arguments);
+    EXPECT_EQ(result.code, 0) << fmt::format("{}\n{}", fmt::join(arguments, " "), result.err);
+    return result.out;
+  };
+  const std::string model = folder / "model",
+                    lora = folder / "run/pytorch_lora_weights.safetensors",
+                    kohya = folder / "kohya.safetensors", merged = folder / "merged";
+  ok({"train", "lora", "--model", model, "--data", "shapes", "--rank", "2", "--network-alpha", "3",
+      "--lr", "0.05", "--steps", "4", "--sample-steps", "0", "--out", folder / "run"});
+  std::string info = ok({"lora", "info", lora, "--model", model});
+  EXPECT_THAT(info, HasSubstr("32 modules"));
+  EXPECT_THAT(info, HasSubstr("ranks 2; alphas 3"));
+  EXPECT_THAT(info, HasSubstr("32 of 32 modules match"));
+  // The layers are not those of Stable Diffusion.
+  EXPECT_THAT(ok({"lora", "convert", lora, "--model", model, "--format", "kohya", "--out", kohya}),
+              HasSubstr("32 modules as kohya"));
+  ok({"lora", "merge", "--model", model, "--lora", kohya + ":0.5", "--out", merged});
+  auto sample = [&](const std::string& of, const std::string& out,
+                    std::vector<std::string> more = {}) {
+    std::vector<std::string> arguments = {
+        "sample", "--model", of,          "--prompt", "a red circle", "--steps",   "2",
+        "--seed", "3",       "--backend", "eager",    "--out",        folder / out};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    ok(arguments);
+    return test::ReadText(folder / out);
+  };
+  std::string plain = sample(model, "plain.png");
+  std::string with = sample(model, "with.png", {"--lora", lora + ":0.2", "--lora", kohya + ":0.3"});
+  EXPECT_NE(with, plain);
+  EXPECT_EQ(sample(model, "zero.png", {"--lora", lora + ":0"}), plain);
+  EXPECT_EQ(sample(merged, "merged.png"), sample(model, "half.png", {"--lora", lora + ":0.5"}));
+
+  auto fails = [&](int code, const std::string& text, const std::vector<std::string>& arguments) {
+    test::ProgramResult result = run(arguments);
+    EXPECT_EQ(result.code, code) << result.err;
+    EXPECT_THAT(result.err, HasSubstr(text));
+  };
+  const std::string other = kFolder / "attention-kohya.safetensors";
+  fails(3, "24 of 40 modules match",
+        {"sample", "--model", model, "--prompt", "a", "--lora", other, "--allow-unmatched"});
+  fails(3, "wrong shape", {"lora", "info", other, "--model", model});
+  fails(3, "name the model", {"lora", "convert", lora, "--out", folder / "x.safetensors"});
+  fails(2, "requires --lora", {"sample", "--model", model, "--prompt", "a", "--allow-unmatched"});
+  fails(2, "is no number", {"sample", "--model", model, "--prompt", "a", "--lora", lora + ":much"});
+  fails(2, "unknown", {"train", "lora", "--unet", "toy16", "--out", folder / "y"});
+}
+
+}  // namespace
+}  // namespace calotype
