@@ -1,5 +1,7 @@
 #include "pipelines/convert.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -276,9 +278,10 @@ std::vector<std::string> FileToFolder(const ConvertOptions& options) {
   std::vector<std::string> lines = MatchTensors(options, header, configs, parts);
   CheckSchedule(options.in, configs.scheduler);
 
-  fs::path work = options.out;
-  work += ".part";
-  fs::remove_all(work);
+  // Made under a name that nobody else has, then renamed.
+  const fs::path work =
+      options.out.parent_path() /
+      fmt::format(".{}.part-{}", options.out.filename().string(), static_cast<int64_t>(getpid()));
   const auto pair = [](auto library, auto name) { return nlohmann::json::array({library, name}); };
   nlohmann::json index = {{"_class_name", "StableDiffusionPipeline"},
                           {"_diffusers_version", "0.42.1"},
@@ -394,10 +397,14 @@ std::vector<std::string> FolderToFile(const ConvertOptions& options) {
 
 }  // namespace
 
-std::vector<std::string> ConvertModel(const ConvertOptions& options) {
-  Check<FileError>(!fs::exists(options.out), "{}: exists already", options.out.string());
-  Check<FileError>(fs::exists(options.in), "{}: no such file or folder", options.in.string());
-  return fs::is_directory(options.in) ? FolderToFile(options) : FileToFolder(options);
+std::vector<std::string> ConvertModel(const ConvertOptions& given) {
+  ConvertOptions options = given;
+  if (options.out.filename().empty()) options.out = options.out.parent_path();  // "folder/"
+  std::error_code error;
+  Check<FileError>(!fs::exists(options.out, error), "{}: exists already", options.out.string());
+  Check<FileError>(fs::exists(options.in, error), "{}: no such file or folder",
+                   options.in.string());
+  return fs::is_directory(options.in, error) ? FolderToFile(options) : FileToFolder(options);
 }
 
 }  // namespace calotype

@@ -418,6 +418,29 @@ TEST(UNetTest, OptionsHaveAnEffect) {
             1e-5);
 }
 
+// With only_cross_attention the blocks with added keys do without keys of their own: the same
+// parameters but for to_k and to_v, another result.
+TEST(UNetTest, OnlyAddedKeys) {
+  auto config = UNet2DConditionConfig::FromJson(ReadText(Fixture("unet") / "simple/config.json"));
+  config.mid_block_only_cross_attention.reset();
+  config.only_cross_attention = {false};
+  UNet2DConditionModel all(config);
+  config.only_cross_attention = {true};
+  UNet2DConditionModel only(config);
+  std::map<std::string, Tensor> parameters = all.SaveParameters(), kept;
+  for (const auto& [name, shape] : only.ParameterShapes()) kept[name] = parameters.at(name);
+  EXPECT_LT(kept.size(), parameters.size());
+  for (const auto& [name, tensor] : parameters) {
+    if (kept.contains(name)) continue;
+    EXPECT_TRUE(name.find(".to_k.") != name.npos || name.find(".to_v.") != name.npos) << name;
+  }
+  only.LoadParameters(kept);
+  Inputs in = RandomInputs(config, 1, 8, 8);
+  EXPECT_GT(LargestDifference(all.Forward({in.sample, in.timestep, in.context}),
+                              only.Forward({in.sample, in.timestep, in.context})),
+            1e-4);
+}
+
 TEST(UNetTest, InputErrorsSayWhatIsWrong) {
   UNet2DConditionModel unet(Tiny());
   Inputs in = RandomInputs(unet.config(), 2, 8, 8);
