@@ -1,6 +1,7 @@
 #include "pipelines/attention_demo.h"
 
 #include <algorithm>
+#include <array>
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
@@ -60,6 +61,23 @@ nlohmann::ordered_json ToJsonOf(const EditAccuracy& a) {
   return {{"color", a.color}, {"kept", a.kept}, {"overlap", a.overlap}, {"pictures", a.pictures}};
 }
 
+nlohmann::ordered_json ToJsonOf(const HeatShare& share) {
+  return {{"median", share.median}, {"least", share.least}};
+}
+
+// Words of "a small red circle on a black background" whose maps are measured together.
+const std::array<std::vector<size_t>, 4> kHeatWords = {{{3}, {2}, {2, 3}, {6}}};
+
+double ShareInside(const Tensor& map, const Tensor& mask) {
+  double inside = 0, sum = 0, area = 0;
+  for (int64_t p = 0; p < map.elements(); ++p) {
+    inside += map.data()[p] * mask.data()[p];
+    sum += map.data()[p];
+    area += mask.data()[p];
+  }
+  return area > 0 && sum > 0 ? inside / sum / (area / static_cast<double>(map.elements())) : 0;
+}
+
 // Each picture `factor` times as large.
 Image Enlarged(const Image& image, int factor) {
   Image large{image.width * factor, image.height * factor, {}};
@@ -76,7 +94,7 @@ Image Enlarged(const Image& image, int factor) {
 }  // namespace
 
 Tensor ForegroundMask(const Tensor& picture, int64_t caption) {
-  // Nothing is at the corners of a rendering of background alone: the value of a far corner.
+  // black 0 and gray 0.45 of io/shapes.h, in [-1, 1]
   const float background = ShapeAttributesOf(caption).background == 0 ? -1.0f : -0.1f;
   int64_t height = picture.shape()[1], width = picture.shape()[2], pixels = height * width;
   Tensor mask({height, width});
@@ -94,8 +112,10 @@ Tensor ForegroundMask(const Tensor& picture, int64_t caption) {
 std::string AttentionDemoSummary::ToJson() const {
   nlohmann::ordered_json document = {{"edited", ToJsonOf(edited)},
                                      {"redrawn", ToJsonOf(redrawn)},
-                                     {"heat_median", heat_median},
-                                     {"heat_least", heat_least}};
+                                     {"heat_shape", ToJsonOf(shape)},
+                                     {"heat_color", ToJsonOf(color)},
+                                     {"heat_color_and_shape", ToJsonOf(color_and_shape)},
+                                     {"heat_background", ToJsonOf(background)}};
   return document.dump(2) + "\n";
 }
 
@@ -108,8 +128,11 @@ AttentionDemoSummary RunAttentionDemo(const AttentionDemoOptions& options,
   generate.steps = options.sampling_steps;
   GenerateCallbacks quiet{.cancelled = callbacks.cancelled, .warn = callbacks.warn};
   std::vector<Image> edit_grid, heat_grid;
-  std::vector<double> heat;
-  for (int64_t caption = 0; caption < kShapeCaptions; ++caption) {
+  std::array<std::vector<double>, 4> heat;
+  Check(options.captions >= 1 && options.captions <= kShapeCaptions,
+        "demo: {} captions, must be in [1, {}]", options.captions, kShapeCaptions);
+  for (int64_t i = 0; i < options.captions; ++i) {
+    int64_t caption = i * kShapeCaptions / options.captions;
     ShapeAttributes attributes = ShapeAttributesOf(caption);
     std::vector<int64_t> captions = {caption};
     for (int color = 0; color < kColors; ++color) {
@@ -138,16 +161,15 @@ AttentionDemoSummary RunAttentionDemo(const AttentionDemoOptions& options,
     for (const auto& positions : tokens.positions) {
       all.insert(all.end(), positions.begin(), positions.end());
     }
-    Tensor map = maps.Word(0, tokens.Of(words[3]), all);
     Tensor mask = ForegroundMask(Picture(redrawn, 0), caption);
-    double inside = 0, sum = 0, area = 0;
-    for (int64_t p = 0; p < map.elements(); ++p) {
-      inside += map.data()[p] * mask.data()[p];
-      sum += map.data()[p];
-      area += mask.data()[p];
+    for (size_t k = 0; k < kHeatWords.size(); ++k) {
+      std::vector<int64_t> positions;
+      for (size_t word : kHeatWords[k]) {
+        std::vector<int64_t> of = tokens.Of(words[word]);
+        positions.insert(positions.end(), of.begin(), of.end());
+      }
+      heat[k].push_back(ShareInside(maps.Word(0, positions, all), mask));
     }
-    double share = area / static_cast<double>(map.elements());
-    heat.push_back(share > 0 && sum > 0 ? inside / sum / share : 0);
 
     // A caption of each shape, size and background, in different colours.
     if (attributes.color ==
@@ -160,15 +182,21 @@ AttentionDemoSummary RunAttentionDemo(const AttentionDemoOptions& options,
             Resize(HeatMapOverlay(picture, maps.Word(0, tokens.Of(word), all)), 64, 64));
       }
     }
-    if (callbacks.progress) callbacks.progress(caption + 1, kShapeCaptions);
+    if (callbacks.progress) callbacks.progress(i + 1, options.captions);
   }
   Finish(summary.edited);
   Finish(summary.redrawn);
-  std::sort(heat.begin(), heat.end());
-  summary.heat_least = heat[0];
-  summary.heat_median = (heat[heat.size() / 2 - 1] + heat[heat.size() / 2]) / 2;
-  WritePng(options.folder / "edit.png", ImageGrid(edit_grid, 12));
-  WritePng(options.folder / "heat.png", ImageGrid(heat_grid, 8));
+  HeatShare* shares[] = {&summary.shape, &summary.color, &summary.color_and_shape,
+                         &summary.background};
+  for (size_t i = 0; i < heat.size(); ++i) {
+    std::sort(heat[i].begin(), heat[i].end());
+    size_t middle = heat[i].size() / 2;
+    *shares[i] = {(heat[i][(heat[i].size() - 1) / 2] + heat[i][middle]) / 2, heat[i][0]};
+  }
+  if (!edit_grid.empty()) {
+    WritePng(options.folder / "edit.png", ImageGrid(edit_grid, 12));
+    WritePng(options.folder / "heat.png", ImageGrid(heat_grid, 8));
+  }
   WriteFile(options.folder / "edit.json", summary.ToJson());
   return summary;
 }

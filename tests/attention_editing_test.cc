@@ -15,9 +15,12 @@
 #include "graph/op.h"
 #include "jit/compile.h"
 #include "layers/attention_modules.h"
+#include "pipelines/attention_demo.h"
 #include "pipelines/attention_editing.h"
 #include "pipelines/attention_maps.h"
 #include "tests/expect_error.h"
+#include "tests/run_program.h"
+#include "tests/temp_folder.h"
 #include "tests/tiny_unet.h"
 
 namespace calotype {
@@ -506,6 +509,103 @@ TEST(HeatMapTest, Overlay) {
   // The least is blue on black, the largest red on white.
   EXPECT_THAT(std::vector(row.begin(), row.begin() + 128), Contains(ElementsAre(0, 0, 140)));
   EXPECT_THAT(std::vector(row.begin() + 128, row.end()), Contains(ElementsAre(255, 115, 115)));
+}
+
+// ---------------------------------------------------------------- the demo
+
+TEST(AttentionDemoTest, ForegroundIsWhatDiffersFromTheBackground) {
+  for (int64_t caption = 0; caption < kShapeCaptions; ++caption) {
+    Tensor mask = ForegroundMask(RenderShape(caption, 0, 0), caption);
+    double area = 0;
+    for (float v : mask.values()) area += v / 256;
+    // From a small cross to a large square; the borders of white on gray count less.
+    bool large = ShapeAttributesOf(caption).size == 1;
+    EXPECT_GT(area, large ? .25 : .07) << ShapeCaption(caption);
+    EXPECT_LT(area, large ? .8 : .35) << ShapeCaption(caption);
+    EXPECT_EQ(mask.data()[0], 0);
+    EXPECT_EQ(mask.data()[8 * 16 + 8], 1);
+  }
+}
+
+// A model of the captions' words that has learned nothing.
+void SaveUntrained(const std::filesystem::path& folder) {
+  std::vector<std::string> captions;
+  for (int64_t caption = 0; caption < kShapeCaptions; ++caption) {
+    captions.push_back(ShapeCaption(caption));
+  }
+  CaptionEncoderConfig encoder;
+  encoder.vocabulary = CaptionTokenizer::BuildVocabulary(captions);
+  encoder.hidden_size = 8;
+  encoder.num_attention_heads = 2;
+  SchedulerConfig scheduler;
+  scheduler.type = "DDIMScheduler";
+  scheduler.prediction_type = "v_prediction";
+  DiffusionModel model(UNet2DConditionConfig::FromJson(test::kTinyUNet), encoder, scheduler);
+  model.Initialize(1);
+  model.Save(folder);
+}
+
+TEST(AttentionDemoTest, WritesFiguresAndPictures) {
+  test::TempFolder folder;
+  SaveUntrained(folder / "demo");
+  AttentionDemoSummary summary = RunAttentionDemo(
+      {.folder = folder / "demo", .sampling_steps = 2, .captions = 16, .local_blend = true});
+  EXPECT_EQ(summary.edited.pictures, 80);
+  EXPECT_EQ(summary.redrawn.pictures, 80);
+  // A model that has learned nothing draws the same for all prompts, and looks nowhere.
+  EXPECT_LT(summary.edited.color, .5);
+  EXPECT_GT(summary.edited.overlap, .9);
+  EXPECT_NEAR(summary.shape.median, 1, .1);
+  auto json = nlohmann::json::parse(std::ifstream(folder / "demo/edit.json"));
+  EXPECT_EQ(json["edited"]["pictures"], 80);
+  EXPECT_EQ(json["heat_shape"]["median"], summary.shape.median);
+  EXPECT_THAT(
+      MessageOf<ValueError>([&] { RunAttentionDemo({.folder = folder / "demo", .captions = 97}); }),
+      HasSubstr("97 captions"));
+}
+
+TEST(ProgramTest, EditsMapsAndReadsPrompts) {
+  test::TempFolder folder;
+  SaveUntrained(folder / "demo");
+  auto run = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin() + 1,
+                     {"--model", (folder / "demo").string(), "--steps", "2", "--backend", "eager",
+                      "--out", (folder / "x.png").string(), "-q", "-t", "1"});
+    arguments.insert(arguments.begin(), std::string(CALOTYPE_BIN_DIR) + "/calotype");
+    return test::RunProgram(arguments);
+  };
+  const std::string red = "a small red circle", blue = "a small blue circle";
+  auto maps = run({"sample", "-p", red, "--attention-maps", (folder / "maps").string()});
+  EXPECT_EQ(maps.code, 0) << maps.err;
+  for (const char* name : {"000-0-a.png", "000-1-small.png", "000-2-red.png", "000-3-circle.png"}) {
+    EXPECT_TRUE(std::filesystem::exists(folder / "maps" / name)) << name;
+  }
+  auto edit = run({"edit", "-p", red, "-e", blue, "-e", "a small green circle", "--n-cross-replace",
+                   "0.1:0.9", "--n-cross-replace", "blue=0.5", "--equalizer-words", "blue",
+                   "--equalizer-strengths", "2"});
+  EXPECT_EQ(edit.code, 0) << edit.err;
+  for (const char* name : {"x-000.png", "x-001.png", "x-002.png"}) {
+    EXPECT_THAT(edit.out, HasSubstr(name));
+    EXPECT_TRUE(std::filesystem::exists(folder / name)) << name;
+  }
+  EXPECT_EQ(run({"sample", "-p", "a (small:1.3) [red:blue:0.5] circle AND a cross :0.3",
+                 "--prompt-syntax", "a1111"})
+                .code,
+            0);
+  EXPECT_EQ(run({"sample", "-p", "a small++ (red)0.5 circle", "--prompt-syntax", "compel"}).code,
+            0);
+  auto expect_usage = [&](const std::vector<std::string>& arguments, const char* text) {
+    auto result = run(arguments);
+    EXPECT_EQ(result.code, 2);
+    EXPECT_THAT(result.err, HasSubstr(text));
+  };
+  expect_usage({"edit", "-p", red}, "--edit-prompt");
+  expect_usage({"edit", "-p", red, "-e", "a circle"}, "use refine");
+  expect_usage({"edit", "-p", red, "-e", blue, "--n-self-replace", "x"}, "`x`");
+  expect_usage({"sample", "-p", red, "--prompt-syntax", "x"}, "`x` is unknown");
+  expect_usage({"sample", "-p", red, "--prompt-syntax", "a1111", "--attention-maps", "m"},
+               "plain prompts");
+  expect_usage({"sample", "-p", "(red:1.2.3)", "--prompt-syntax", "a1111"}, "is no number");
 }
 
 }  // namespace
