@@ -205,8 +205,8 @@ class AttentionEmitter : AttentionTiles {
     sums_ = e.Scratch(groups_ * spec.value_dim * lanes_);
     states_ = e.Scratch(groups_ * 2 * lanes_);
     if (groups_ > 1) {
-      packed_keys_ = e.Scratch(KeyBlock() * spec.head_dim);
-      packed_values_ = e.Scratch(KeyBlock() * spec.value_dim);
+      packed_keys_ = e.Scratch(KeyBlock() * PackedRow(spec.head_dim));
+      packed_values_ = e.Scratch(KeyBlock() * PackedRow(spec.value_dim));
     }
   }
 
@@ -240,10 +240,14 @@ class AttentionEmitter : AttentionTiles {
   // work for all threads.
   int64_t Groups() const {
     constexpr int64_t kCacheBytes = 128 * 1024, kMost = 8, kUnits = 64;
+    // Two groups of a wide head (an autoencoder's single one) fill half of a level-2 cache, which
+    // costs less than reading all keys and values for each group.
+    constexpr int64_t kWideBytes = 288 * 1024;
     int64_t depth = spec_.head_dim + spec_.value_dim;
     if (one_block_ || 4 * spec_.keys * depth <= kCacheBytes) return 1;
-    int64_t groups = std::min(
-        {kMost, kCacheBytes / (4 * lanes_ * depth), spec_.batch * spec_.heads * blocks_ / kUnits});
+    int64_t fit = std::max(kCacheBytes / (4 * lanes_ * depth),
+                           std::min<int64_t>(2, kWideBytes / (4 * lanes_ * depth)));
+    int64_t groups = std::min({kMost, fit, spec_.batch * spec_.heads * blocks_ / kUnits});
     return std::max<int64_t>(1, groups);
   }
 
@@ -352,6 +356,9 @@ class AttentionEmitter : AttentionTiles {
             v[2],  v[3]};
   }
 
+  // Rows of a packed block, a little apart if they would fall on few sets of the cache.
+  static int64_t PackedRow(int64_t width) { return width % 128 == 0 ? width + 16 : width; }
+
   // The same keys and values, row after row.
   Block Pack(const Block& b) {
     auto copy = [&](Value* from, int64_t row, int64_t column, Value* to, int64_t width) {
@@ -360,14 +367,21 @@ class AttentionEmitter : AttentionTiles {
           int valid = static_cast<int>(std::min<int64_t>(width_, width - d));
           Value* source = e_.At(e_.At(from, DType::kF32, j, row), DType::kF32, d * column);
           e_.Store(e_.Load(source, DType::kF32, column, width_, valid),
-                   e_.At(e_.At(to, DType::kF32, j, width), DType::kF32, d), DType::kF32, 1, width_,
-                   valid);
+                   e_.At(e_.At(to, DType::kF32, j, PackedRow(width)), DType::kF32, d), DType::kF32,
+                   1, width_, valid);
         }
       });
     };
     copy(b.key, b.key_row, b.key_column, packed_keys_, spec_.head_dim);
     copy(b.value, b.value_row, b.value_column, packed_values_, spec_.value_dim);
-    return {b.first, b.count, packed_keys_, spec_.head_dim, 1, packed_values_, spec_.value_dim, 1};
+    return {b.first,
+            b.count,
+            packed_keys_,
+            PackedRow(spec_.head_dim),
+            1,
+            packed_values_,
+            PackedRow(spec_.value_dim),
+            1};
   }
 
   // Updates maximum, sum, and the sums of the values.

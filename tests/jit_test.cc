@@ -282,6 +282,14 @@ TEST(Convolution, WinogradMatchesFloat64) {
 
 // Keys beyond the cache: several groups of queries for each block of packed keys, and a last unit
 // with fewer groups and queries.
+TEST(Attention, WideHeadsInGroupsOfQueriesThatShareKeys) {
+  ComputationGraph graph;
+  Value q = graph.Input("q", {1, 4100, 384}), k = graph.Input("k", {1, 130, 384}),
+        v = graph.Input("v", {1, 130, 384});
+  graph.Output("y", Attention(q, k, v, {.heads = 1, .scale = 0.05}).out);
+  ExpectSame(graph, Randoms(graph), 1e-5);
+}
+
 TEST(Attention, OverManyKeys) {
   for (bool causal : {false, true}) {
     const int64_t heads = 4, queries = 1130, keys = causal ? queries : 810;
