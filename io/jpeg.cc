@@ -44,6 +44,51 @@ void OnProgress(j_common_ptr info) {
   }
 }
 
+// The orientation, 1 to 8, that an Exif marker gives; 1 (upright) if it gives none.
+int OrientationOf(std::string_view exif) {
+  constexpr std::string_view kStart("Exif\0\0", 6);
+  if (!exif.starts_with(kStart)) return 1;
+  const std::string_view tiff = exif.substr(kStart.size());
+  const bool little = tiff.starts_with("II");
+  auto number = [&](size_t at, size_t bytes) -> size_t {
+    if (at > tiff.size() || tiff.size() - at < bytes) return 0;
+    size_t value = 0;
+    for (size_t i = 0; i < bytes; ++i) {
+      value = value << 8 | static_cast<unsigned char>(tiff[at + (little ? bytes - 1 - i : i)]);
+    }
+    return value;
+  };
+  const size_t directory = number(4, 4), entries = number(directory, 2);
+  for (size_t i = 0; i < entries; ++i) {
+    const size_t entry = directory + 2 + 12 * i;
+    constexpr size_t kOrientation = 0x112, kShort = 3;
+    if (number(entry, 2) != kOrientation || number(entry + 2, 2) != kShort) continue;
+    const size_t value = number(entry + 8, 2);
+    return value >= 1 && value <= 8 ? static_cast<int>(value) : 1;
+  }
+  return 1;
+}
+
+// The picture that a camera held in this orientation has taken, upright.
+Image Upright(const Image& image, int orientation) {
+  if (orientation == 1) return image;
+  const bool turned = orientation >= 5;
+  const int W = image.width, H = image.height;
+  Image result{turned ? H : W, turned ? W : H, {}};
+  result.rgb.reserve(image.rgb.size());
+  const bool mirror = orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
+  const bool flip = orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
+  for (int y = 0; y < result.height; ++y) {
+    for (int x = 0; x < result.width; ++x) {
+      const int u = turned ? y : x, v = turned ? x : y;
+      const int column = mirror ? W - 1 - u : u, row = flip ? H - 1 - v : v;
+      const uint8_t* p = &image.rgb[size_t{3} * (size_t{1} * row * W + column)];
+      result.rgb.insert(result.rgb.end(), p, p + 3);
+    }
+  }
+  return result;
+}
+
 class Decoder {
  public:
   Decoder() {
@@ -64,6 +109,13 @@ class Decoder {
   const char* error() const { return errors_.text; }
   // Adobe's files hold 255 - ink.
   bool inverted() const { return info_.saw_Adobe_marker; }
+  int orientation() const {
+    for (const jpeg_marker_struct* m = info_.marker_list; m; m = m->next) {
+      const std::string_view data(reinterpret_cast<const char*>(m->data), m->data_length);
+      if (m->marker == JPEG_APP0 + 1 && data.starts_with("Exif")) return OrientationOf(data);
+    }
+    return 1;
+  }
   uint32_t width() const { return info_.image_width; }
   uint32_t height() const { return info_.image_height; }
   int components() const { return info_.output_components; }
@@ -80,6 +132,7 @@ bool Decoder::Header(std::string_view bytes) {
   info_.progress = &progress_;
   jpeg_mem_src(&info_, reinterpret_cast<const unsigned char*>(bytes.data()),
                static_cast<unsigned long>(bytes.size()));
+  jpeg_save_markers(&info_, JPEG_APP0 + 1, 0xffff);
   jpeg_read_header(&info_, TRUE);
   return true;
 }
@@ -114,6 +167,7 @@ Image DecodeJpeg(std::string_view bytes, const std::string& name) {
     Check<FileError>(ok, "{}: damaged JPEG: {}", name, decoder.error());
   };
   check(decoder.Header(bytes));
+  const int orientation = decoder.orientation();  // its bytes are gone after Finish
   const int64_t width = decoder.width(), height = decoder.height();
   Check<FileError>(width >= 1 && height >= 1 && width <= kMaxPngSide && height <= kMaxPngSide &&
                        width * height <= kMaxPngPixels,
@@ -145,7 +199,7 @@ Image DecodeJpeg(std::string_view bytes, const std::string& name) {
     }
   }
   check(decoder.Finish());
-  return image;
+  return Upright(image, orientation);
 }
 
 Image ReadJpeg(const std::filesystem::path& path) {

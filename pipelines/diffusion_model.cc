@@ -290,7 +290,8 @@ void DiffusionModel::Save(const fs::path& folder) {
             scheduler_json_.empty() ? ToJson(scheduler_) : scheduler_json_);
   index["scheduler"] = {"diffusers", scheduler_.type};
   if (stable_diffusion()) {
-    index["safety_checker"] = index["feature_extractor"] = {nullptr, nullptr};
+    for (const char* part : {"safety_checker", "feature_extractor"})
+      index[part] = nlohmann::ordered_json::array({nullptr, nullptr});
     index["requires_safety_checker"] = false;
   }
   WriteFile(folder / "model_index.json", index.dump(2) + "\n");

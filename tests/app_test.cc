@@ -235,6 +235,49 @@ TEST_F(AppTest, SamplesArePicturesWithTheirParameters) {
   for (size_t i = 0; i < image.rgb.size(); ++i) ASSERT_NEAR(second.rgb[i], image.rgb[i], 1);
 }
 
+TEST_F(AppTest, StableDiffusionFolders) {
+  const std::filesystem::path fixtures =
+      std::filesystem::path(CALOTYPE_TEST_DATA) / "fixtures/stable_diffusion";
+  auto draw = [&](std::vector<std::string> more, const std::string& model = "model") {
+    std::vector<std::string> arguments{
+        "sample",    "--model", fixtures / model,  "--prompt",  "the cat",
+        "--steps",   "4",       "--seed",          "7",         "--rng",
+        "torch",     "--out",   folder_ / "x.png", "--backend", "eager",
+        "--threads", "1"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return Calotype(arguments);
+  };
+  ProgramResult drawn =
+      draw({"--negative-prompt", "low", "--width", "48", "--height", "64", "--clip-skip", "1"});
+  ASSERT_EQ(drawn.code, 0) << drawn.err;
+  EXPECT_THAT(drawn.err, HasSubstr("not used: feature_extractor, safety_checker"));
+  std::vector<PngText> texts;
+  Image plain = ReadPng(folder_ / "x.png", &texts);
+  EXPECT_EQ(plain.width, 48);
+  EXPECT_EQ(plain.height, 64);
+  ASSERT_EQ(texts.size(), 1u);
+  EXPECT_THAT(texts[0].text,
+              AllOf(HasSubstr("the cat\nNegative prompt: low\nSteps: 4, Sampler: PLMS, CFG scale: "
+                              "7.5, Seed: 7, Size: 48x64, Clip skip: 2, RNG: CPU")));
+  ProgramResult from = draw({"--init-image", fixtures / "init.png", "--mask-image",
+                             fixtures / "mask.png", "--strength", "0.5", "--sampler", "ddim"});
+  ASSERT_EQ(from.code, 0) << from.err;
+  Image inpainted = ReadPng(folder_ / "x.png", &texts);
+  EXPECT_EQ(inpainted.width, 64);
+  EXPECT_EQ(inpainted.height, 48);
+  EXPECT_THAT(texts.back().text, HasSubstr("Denoising strength: 0.5"));
+
+  EXPECT_EQ(draw({"--width", "60"}).code, 2);
+  EXPECT_EQ(draw({"--init-image", folder_ / "none.png"}).code, 3);
+  EXPECT_EQ(draw({"--init-image", fixtures / "init.png", "--mask-image", folder_ / "x.png"}).code,
+            2);
+  ProgramResult incomplete = draw({}, "inpaint");  // a U-Net alone
+  EXPECT_EQ(incomplete.code, 3);
+  EXPECT_THAT(incomplete.err, HasSubstr("inpaint/text_encoder/config.json"));
+  EXPECT_THAT(Calotype({"info", fixtures / "model"}).out,
+              AllOf(HasSubstr("64 x 64 pixels"), HasSubstr("CLIP"), HasSubstr("autoencoder")));
+}
+
 TEST_F(AppTest, UnknownWordsAreNamedAndNothingButThemIsWrongUsage) {
   ASSERT_EQ(Calotype(Train("run")).code, 0);
   auto draw = [&](const std::string& prompt) {

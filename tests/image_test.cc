@@ -343,9 +343,18 @@ TEST(JpegTest, ReadsWhatPillowReads) {
   EXPECT_EQ(ReadPicture(PictureFixture("source.png")), ReadPng(PictureFixture("source.png")));
 }
 
+TEST(JpegTest, ArePutUpright) {
+  for (int orientation = 2; orientation <= 8; ++orientation) {
+    const Image image = ReadJpeg(PictureFixture(fmt::format("turned-{}.jpg", orientation)));
+    EXPECT_EQ(image, ReadPng(PictureFixture(fmt::format("turned-{}.png", orientation))))
+        << orientation;
+    EXPECT_EQ(image.width, orientation < 5 ? 21 : 13);
+  }
+}
+
 TEST(JpegTest, DamagedFilesAreErrors) {
   TempFolder folder;
-  for (const char* name : {"baseline.jpg", "progressive.jpg", "cmyk.jpg"}) {
+  for (const char* name : {"baseline.jpg", "progressive.jpg", "cmyk.jpg", "turned-6.jpg"}) {
     const std::string bytes = ReadFile(PictureFixture(name));
     // Every prefix lacks something, down to the marker of the end.
     for (size_t size = 0; size < bytes.size(); ++size) {

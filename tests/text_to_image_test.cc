@@ -237,13 +237,13 @@ TEST_F(StableDiffusionTest, DamagedFoldersAreNamed) {
   restore();
 
   Edit("text_encoder/config.json", "\"hidden_size\": 32", "\"hidden_size\": 16");
-  EXPECT_THAT(MessageOf<ValueError>(load), HasSubstr("cross_attention_dim"));
+  EXPECT_THAT(MessageOf<FileError>(load), HasSubstr("cross_attention_dim"));
   restore();
   Edit("vae/config.json", "\"latent_channels\": 4", "\"latent_channels\": 8");
-  EXPECT_THAT(MessageOf<ValueError>(load), HasSubstr("latent_channels"));
+  EXPECT_THAT(MessageOf<FileError>(load), HasSubstr("latent_channels"));
   restore();
   Edit("tokenizer/tokenizer_config.json", "77", "99");
-  EXPECT_THAT(MessageOf<ValueError>(load), HasSubstr("model_max_length"));
+  EXPECT_THAT(MessageOf<FileError>(load), HasSubstr("model_max_length"));
   restore();
   Edit("unet/config.json", "CrossAttnDownBlock2D", "SkipDownBlock2D");
   EXPECT_THAT(MessageOf<UnsupportedError>(load),
