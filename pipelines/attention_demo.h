@@ -18,7 +18,7 @@ struct AttentionDemoOptions {
   uint64_t seed = 0;                      // of the picture of each caption
   int64_t sampling_steps = 25;
   int64_t captions = kShapeCaptions;  // how many of them, spread evenly
-  StepRange n_cross_replace = {0, 1}, n_self_replace = {0, 1};
+  StepRange n_cross_replace = {0, 0.4}, n_self_replace = {0, 0.4};
   bool local_blend = false;
 };
 
