@@ -73,6 +73,10 @@ Value ComputationGraph::ParameterLeaf(const ParameterPtr& parameter) {
   for (auto it = first; it != last; ++it) {
     if (nodes_[it->second].parameter == parameter) return {this, {it->second, 0}};
   }
+  Check(parameter->value().defined(),
+        "graph: parameter {} has no value; compiled code released it after packing "
+        "(release_weights), so load the model again",
+        parameter->name());
   ComputationNode node{.op = &kParameterOp, .types = {parameter->value().type()}};
   node.parameter = parameter;
   int32_t index = Add(std::move(node));

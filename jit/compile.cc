@@ -143,6 +143,8 @@ std::vector<std::vector<ParameterPtr>> Releases(const LoweredProgram& program,
   for (auto [parameter, step] : last) {
     if (!read.count(parameter)) release[step].push_back(data.parameters[parameter]);
   }
+  bool none = std::all_of(release.begin(), release.end(), [](const auto& l) { return l.empty(); });
+  if (none) release.clear();
   return release;
 }
 
@@ -155,6 +157,7 @@ Winograd ParseWinograd(std::string_view name) {
 }
 
 bool JitEnabled() { return EnvironmentMode() != Mode::kOff; }
+bool CheckRequested() { return EnvironmentMode() == Mode::kCheck; }
 
 std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const CompileOptions& options) {
   Mode mode = EnvironmentMode();
@@ -162,6 +165,10 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
   Check<UnsupportedError>(!options.release_weights || graph.updates().empty(),
                           "compile: the graph updates {} parameters, so none can be released",
                           graph.updates().size());
+  CompileOptions chosen = options;
+  chosen.check |= mode == Mode::kCheck;
+  Check<UnsupportedError>(!chosen.check || !options.release_weights,
+                          "compile: checking reads the weights, so they cannot be released");
   auto start = std::chrono::steady_clock::now();
   std::unique_ptr<Tuner> tuner;
   if (options.tune) tuner = std::make_unique<Tuner>();
@@ -175,7 +182,7 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
     if (tuner && contraction) contraction->schedule = tuner->ScheduleOf(*contraction);
   }
   const double lower_ms = MillisecondsSince(start);
-  return CompileProgram(std::move(program), options, [&](ExecutableStats& stats) {
+  return CompileProgram(std::move(program), chosen, [&](ExecutableStats& stats) {
     stats.lower_ms = lower_ms;
     if (!tuner) return;
     stats.tuned = tuner->choices();
@@ -186,7 +193,6 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
 std::unique_ptr<Executable> CompileProgram(std::shared_ptr<LoweredProgram> program,
                                            const CompileOptions& options,
                                            const std::function<void(ExecutableStats&)>& count) {
-  const Mode mode = EnvironmentMode();
   MemoryPlan plan = PlanMemory(*program);
   CheckBudget(plan, options.memory_bytes);
   ExecutableData data;
@@ -240,6 +246,7 @@ std::unique_ptr<Executable> CompileProgram(std::shared_ptr<LoweredProgram> progr
   };
   for (int index : program->updated) data.updated.push_back(program->parameters[index]);
   for (const auto* steps : {&program->prepare, &program->derive}) {
+    if (steps == &program->derive) data.prepare_parameters = data.packed.size();
     for (const Step& step : *steps) {
       for (int b : step.buffers) {
         const Buffer& buffer = program->buffers[b];
@@ -250,7 +257,12 @@ std::unique_ptr<Executable> CompileProgram(std::shared_ptr<LoweredProgram> progr
       }
     }
   }
-  if (options.release_weights) data.release = Releases(*program, data);
+  if (options.release_weights) {
+    data.release = Releases(*program, data);
+  } else {
+    for (const ParameterPtr& parameter : data.parameters)
+      data.storage.push_back(parameter->value());
+  }
   data.stats.regions = program->regions;
   data.stats.conversions = program->conversions;
   data.stats.copies = program->copies;
@@ -268,15 +280,15 @@ std::unique_ptr<Executable> CompileProgram(std::shared_ptr<LoweredProgram> progr
   data.stats.persistent_bytes = plan.persistent_bytes;
   data.stats.derived_bytes = plan.derived_bytes;
   data.code = kernels;
-  const bool check = mode == Mode::kCheck || options.check;
-  Check<UnsupportedError>(!check || data.release.empty(),
-                          "compile: checking reads the weights, so they cannot be released");
-  if (check) data.make_checker = MakeChecker(program);
+  if (options.check) data.make_checker = MakeChecker(program);
   return std::make_unique<Executable>(std::move(data));
 }
 
 CompiledFunction::CompiledFunction(Build build, const CompileOptions& options, size_t capacity)
     : build_(std::move(build)), options_(options), capacity_(capacity) {
+  Check<UnsupportedError>(!options.release_weights,
+                          "compiled function: release_weights would take the weights from what is "
+                          "compiled for other types");
   Check(capacity >= 1, "compiled function: capacity {} must be at least 1", capacity);
 }
 

@@ -33,13 +33,14 @@ struct CompileOptions {
   // altogether; with release_weights, within so much more as the weights of the graph take.
   Winograd winograd = Winograd::kAuto;
   int64_t winograd_bytes = int64_t{4} << 30;
-  // Measures on this machine, for a few seconds at most, which algorithm and which order of the
-  // tiles is fastest for each convolution and product, instead of estimating it. What has been
-  // measured is kept in the compile cache.
+  // Measures on this machine which algorithm and which order of the tiles is fastest for each
+  // convolution and product, instead of estimating it. Each shape is run a few times in each
+  // variant: seconds for a small U-Net, minutes for large pictures. What has been measured is kept
+  // in the compile cache.
   bool tune = false;
   // Frees the weights that have been packed, so that they are not in memory twice. The graph's
-  // layers lose them: to compile again, or to run eagerly, load them again. Errors:
-  // UnsupportedError for a graph that updates parameters.
+  // layers lose them: to compile again, or to run eagerly, make the model again. What was compiled
+  // without this keeps its own. Errors: UnsupportedError for a graph that updates parameters.
   bool release_weights = false;
   // The most that the values of one run and the packed weights may take, beside the parameters,
   // inputs and outputs, which are the caller's. 0: the memory of the machine.
@@ -54,6 +55,8 @@ struct CompileOptions {
 
 // False with CALOTYPE_JIT=off. Errors: ValueError for an unknown value of the variable.
 bool JitEnabled();
+// True under CALOTYPE_JIT=check.
+bool CheckRequested();
 
 // Compiles `graph` for the host. The result keeps the graph's parameters alive and needs neither
 // the graph nor its layers. Errors: UnsupportedError naming op, label and shapes of a node that

@@ -177,7 +177,11 @@ void Groups::Absorb(int reduce) {
   auto reach = [&](ValueId value, const AtomAxes& axes) {
     Trace trace = TraceOf(value);
     int root = trace.root.node;
-    if (group_of_[root] < 0 || !IsElementwise(nodes[root]) || !trace.bijective) return;
+    if (group_of_[root] < 0 || !IsElementwise(nodes[root])) return;
+    if (!trace.bijective) {  // a part of it, or copies: other elements than the cone computes
+      refused.insert(root);
+      return;
+    }
     // Walk back from the operand to the root that it views.
     AtomAxes back = axes;
     for (ValueId v = value; !(v == trace.root);) {
@@ -226,7 +230,10 @@ void Groups::Absorb(int reduce) {
     const Shape& shape = nodes[node].types[0].shape;
     for (ValueId input : nodes[node].inputs) {
       const Shape& from = graph_.type(input).shape;
-      if (from.elements() != shape.elements()) continue;
+      if (from.elements() != shape.elements()) {
+        refused.insert(TraceOf(input).root.node);
+        continue;
+      }
       auto axes = atoms.Reshape(reached[node], from);  // drops leading axes of size 1
       if (axes) reach(input, *axes);
     }

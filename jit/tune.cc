@@ -1,10 +1,10 @@
 #include "jit/tune.h"
 
 #include <algorithm>
+#include <array>
 #include <charconv>
 #include <chrono>
 #include <cmath>
-#include <map>
 #include <vector>
 
 #include "core/parallel.h"
@@ -12,6 +12,7 @@
 #include "graph/functions.h"
 #include "jit/compile.h"
 #include "jit/contraction_plan.h"
+#include "jit/kernel_info.h"
 #include "jit/lower.h"
 #include "jit/orc.h"
 #include "jit/runtime/thread_pool.h"
@@ -94,32 +95,41 @@ std::optional<int> ParseChoice(std::string_view text, int choices) {
 Tuner::Tuner() : cache_(CompileCache::FromEnvironment()) {}
 Tuner::~Tuner() = default;
 
-// All that a measurement depends on: what, the code generator, the processor and the threads.
+// What a measurement depends on: what, the code generator, the kind of processor and the threads.
 std::string Tuner::Key(const std::string& what) const {
   return fmt::format("choice of {} threads\nbuild {}\n{}\n{}\n", Threads(), kBuildId,
                      ToString(HostTarget()), what);
+}
+
+std::optional<std::string> Tuner::Find(const std::string& key) {
+  auto it = stored_.find(key);
+  if (it != stored_.end()) return it->second;
+  return cache_ ? cache_->Find(key) : std::nullopt;
+}
+
+void Tuner::Store(const std::string& key, const std::string& choice) {
+  stored_[key] = choice;
+  if (cache_) cache_->Store(key, choice);
 }
 
 Tuner::Times Tuner::TimesOf(const Shape& x, const Shape& w) {
   ++choices_;
   const std::string key = Key(fmt::format("convolution of {} by {}", x, w));
   constexpr double kUnit = 1e6;  // stored as whole nanoseconds
-  if (cache_) {
-    if (std::optional<std::string> found = cache_->Find(key)) {
-      std::array<int64_t, 3> values{};
-      const char *at = found->data(), *end = at + found->size();
-      size_t count = 0;
-      for (; count < values.size() && at != end; ++count) {
-        auto [next, error] = std::from_chars(at, end, values[count]);
-        if (error != std::errc() || values[count] <= 0 || next == end || *next != '\n') break;
-        at = next + 1;
-      }
-      if (count == values.size() && at == end) {
-        auto real = [&](size_t i) { return static_cast<double>(values[i]) / kUnit; };
-        return {real(0), real(1), real(2)};
-      }
-      cache_->Refuse("not the times of three algorithms");
+  if (std::optional<std::string> found = Find(key)) {
+    std::array<int64_t, 3> values{};
+    const char *at = found->data(), *end = at + found->size();
+    size_t count = 0;
+    for (; count < values.size() && at != end; ++count) {
+      auto [next, error] = std::from_chars(at, end, values[count]);
+      if (error != std::errc() || values[count] <= 0 || next == end || *next != '\n') break;
+      at = next + 1;
     }
+    if (count == values.size() && at == end) {
+      auto real = [&](size_t i) { return static_cast<double>(values[i]) / kUnit; };
+      return {real(0), real(1), real(2)};
+    }
+    cache_->Refuse("not the times of three algorithms");
   }
   ++measured_;
   Random random(0, "tune");
@@ -138,22 +148,14 @@ Tuner::Times Tuner::TimesOf(const Shape& x, const Shape& w) {
     const double ms = 1e3 * Fastest({[&] { executable->Run(inputs, outputs); }})[0];
     milliseconds.push_back(std::max(1.0, std::round(ms * kUnit)) / kUnit);  // as it is stored
   }
-  if (cache_) {
-    std::string text;
-    for (double ms : milliseconds) {
-      text += fmt::format("{}\n", std::llround(ms * kUnit));
-    }
-    cache_->Store(key, text);
-  }
+  std::string text;
+  for (double ms : milliseconds) text += fmt::format("{}\n", std::llround(ms * kUnit));
+  Store(key, text);
   return {milliseconds[0], milliseconds[1], milliseconds[2]};
 }
 
 int Tuner::ScheduleOf(const ContractionSpec& spec) {
-  double products = static_cast<double>(spec.n);
-  for (const auto* extents : {&spec.m, &spec.k}) {
-    for (int64_t extent : *extents) products *= static_cast<double>(extent);
-  }
-  if (products < kFewestProducts) return 0;
+  if (DescribeKernel(KernelSpec(spec)).flop < 2 * kFewestProducts) return 0;
   std::vector<ContractionSpec> candidates;
   std::vector<ContractionPlan> plans;
   for (int schedule = 0; schedule < kSchedules; ++schedule) {
@@ -169,11 +171,9 @@ int Tuner::ScheduleOf(const ContractionSpec& spec) {
   if (candidates.size() == 1) return 0;
   ++choices_;
   const std::string key = Key(ToString(KernelSpec(spec)));
-  if (cache_) {
-    if (std::optional<std::string> found = cache_->Find(key)) {
-      if (std::optional<int> choice = ParseChoice(*found, kSchedules)) return *choice;
-      cache_->Refuse("not a schedule");
-    }
+  if (std::optional<std::string> found = Find(key)) {
+    if (std::optional<int> choice = ParseChoice(*found, kSchedules)) return *choice;
+    cache_->Refuse("not a schedule");
   }
   ++measured_;
   std::vector<NamedSpec> specs;
@@ -213,7 +213,7 @@ int Tuner::ScheduleOf(const ContractionSpec& spec) {
     if (seconds[c] < seconds[best] && seconds[c] < kGain * seconds[0]) best = c;
   }
   const int choice = candidates[best].schedule;
-  if (cache_) cache_->Store(key, fmt::format("{}", choice));
+  Store(key, fmt::format("{}", choice));
   return choice;
 }
 

@@ -5,8 +5,9 @@
 // need not measure.
 #pragma once
 
-#include <array>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "core/shape.h"
@@ -35,8 +36,11 @@ class Tuner {
 
  private:
   std::string Key(const std::string& what) const;
+  std::optional<std::string> Find(const std::string& key);
+  void Store(const std::string& key, const std::string& choice);
 
-  std::unique_ptr<CompileCache> cache_;  // null without one
+  std::unique_ptr<CompileCache> cache_;        // null without one
+  std::map<std::string, std::string> stored_;  // of this compilation: models repeat their shapes
   int choices_ = 0, measured_ = 0;
 };
 

@@ -255,6 +255,12 @@ LoadReport Layer::LoadParameters(std::map<std::string, Tensor> tensors, bool str
   }
   Check(!strict || report.complete(), "{}: the tensors do not fit the layer\n{}", Describe(),
         report.ToString());
+  for (auto [layer, declaration] : fitting) {
+    Check(!declaration->parameter || declaration->parameter->value().defined(),
+          "{}: compiled code released the value of {} after packing (release_weights), so load the "
+          "tensors into a new layer",
+          Describe(), declaration->name);
+  }
   for (size_t i = 0; i < fitting.size(); ++i) {
     auto [layer, declaration] = fitting[i];
     Tensor source = std::move(*sources[i]);

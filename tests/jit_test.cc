@@ -176,6 +176,17 @@ TEST(Fusion, ReductionsComputeTheirElementwiseInput) {
   EXPECT_EQ(ExpectSame(graph, Randoms(graph), 1e-5)->Stats().steps, 2);
 }
 
+// A part of the summed value is another element of it than the one at hand.
+TEST(Fusion, ReductionsReadPartsOfTheirInput) {
+  for (int part = 0; part < 2; ++part) {
+    ComputationGraph graph;
+    Value y = Exp(graph.Input("x", {6, 5}));
+    Value first = part == 0 ? Slice(y, 1, 0, 1) : Broadcast(Slice(y, 1, 0, 1), {6, 5});
+    graph.Output("sum", Sum(y * first, {1}, false));
+    ExpectSame(graph, Randoms(graph), 1e-6);
+  }
+}
+
 TEST(Fusion, NeverMakesACycle) {
   // `a` and `c` could share a loop but for the product between them.
   ComputationGraph graph;
@@ -280,8 +291,7 @@ TEST(Convolution, WinogradMatchesFloat64) {
   }
 }
 
-// Keys beyond the cache: several groups of queries for each block of packed keys, and a last unit
-// with fewer groups and queries.
+// A head too wide for the cache next to the core: two groups of queries share packed keys.
 TEST(Attention, WideHeadsInGroupsOfQueriesThatShareKeys) {
   ComputationGraph graph;
   Value q = graph.Input("q", {1, 4100, 384}), k = graph.Input("k", {1, 130, 384}),
@@ -290,6 +300,8 @@ TEST(Attention, WideHeadsInGroupsOfQueriesThatShareKeys) {
   ExpectSame(graph, Randoms(graph), 1e-5);
 }
 
+// Keys beyond the cache: several groups of queries for each block of packed keys, and a last unit
+// with fewer groups and queries.
 TEST(Attention, OverManyKeys) {
   for (bool causal : {false, true}) {
     const int64_t heads = 4, queries = 1130, keys = causal ? queries : 810;

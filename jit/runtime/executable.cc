@@ -1,6 +1,8 @@
 #include "jit/runtime/executable.h"
 
+#if __has_include(<malloc.h>)
 #include <malloc.h>
+#endif
 #include <time.h>
 
 #include <algorithm>
@@ -189,20 +191,25 @@ std::unique_ptr<Executable::Workspace> Executable::NewWorkspace() const {
 std::shared_ptr<Executable::Prepared> Executable::Prepare() {
   std::lock_guard lock(mutex_);
   if (prepared_) {
-    bool current = true;
-    for (size_t p = 0; p < data_.packed.size(); ++p) {
-      current = current && prepared_->versions[p] == data_.packed[p]->version();
+    size_t changed = 0;  // the first
+    while (changed < data_.packed.size() &&
+           prepared_->versions[changed] == data_.packed[changed]->version()) {
+      ++changed;
     }
-    if (current) return prepared_;
+    if (changed == data_.packed.size()) return prepared_;
+    if (changed >= data_.prepare_parameters) {  // only derive steps must run again
+      auto next = std::make_shared<Prepared>(*prepared_);
+      ++next->number;
+      for (size_t p = changed; p < data_.packed.size(); ++p) {
+        next->versions[p] = data_.packed[p]->version();
+      }
+      return prepared_ = next;
+    }
     Check<UnsupportedError>(
         data_.release.empty(),
         "run: parameter {} has changed, but the weights were released after packing "
-        "(release_weights); compile the graph again",
-        [&]() -> const std::string& {
-          size_t p = 0;
-          while (prepared_->versions[p] == data_.packed[p]->version()) ++p;
-          return data_.packed[p]->name();
-        }());
+        "(release_weights); load the model and compile it again",
+        data_.packed[changed]->name());
   }
   // A block that no call uses is written again; otherwise calls keep the old one to their end.
   std::shared_ptr<Prepared> next =

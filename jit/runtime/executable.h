@@ -84,13 +84,18 @@ struct ExecutableData {
   // If not empty: for each prepare step the parameters that are freed after it. Packing is then
   // done only once.
   std::vector<std::vector<ParameterPtr>> release;
+  // Keeps what the code points to, also if another executable of the same parameters releases it.
+  std::vector<Tensor> storage;
   std::vector<IndexCheck> checks;
   // Parts of the arena, offset and bytes, that are zero before the first run.
   std::vector<std::pair<int64_t, int64_t>> zeros;
   std::vector<ParameterPtr> parameters;  // all that the code reads or writes
-  std::vector<ParameterPtr> packed;      // read by the prepare and derive steps
-  std::vector<int> rare_inputs;          // read by the derive steps
-  std::vector<ParameterPtr> updated;     // written by the steps
+  // Read by the prepare steps, of which there are prepare_parameters, then those that only derive
+  // steps read.
+  std::vector<ParameterPtr> packed;
+  size_t prepare_parameters = 0;
+  std::vector<int> rare_inputs;       // read by the derive steps
+  std::vector<ParameterPtr> updated;  // written by the steps
   std::vector<Tensor> constants;
   std::shared_ptr<void> code;
   ExecutableStats stats;
