@@ -148,7 +148,7 @@ TEST_F(AppTest, WrongUsageIsCode2) {
 TEST_F(AppTest, UnknownFieldsOfAConfigAreNamed) {
   folder_.Write("bad.json", R"({"sample_size": 16, "colour": "red"})");
   ProgramResult result = Calotype(Train("run", {"--unet", folder_ / "bad.json"}));
-  EXPECT_EQ(result.code, 2);
+  EXPECT_EQ(result.code, 3);
   EXPECT_THAT(result.err, AllOf(HasSubstr("bad.json"), HasSubstr("colour")));
 }
 
