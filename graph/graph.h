@@ -131,7 +131,8 @@ class ComputationGraph {
   };
   // Gradient checkpointing: Gradients computes the nodes emitted during its life again, from the
   // values that they read from outside, instead of reading the first results, so that these need
-  // not be kept. Inside another segment, or with enabled = false, it does nothing. Passes forget it.
+  // not be kept. Inside another segment, or with enabled = false, it does nothing. Passes forget
+  // it.
   class Segment {
    public:
     explicit Segment(ComputationGraph& graph, bool enabled = true);

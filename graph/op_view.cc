@@ -66,9 +66,7 @@ std::vector<TensorType> InferSame(const InferContext& context) { return {context
 
 std::vector<Value> GradientNone(const GradientContext&) { return {Value{}}; }
 
-std::vector<Value> GradientBarrier(const GradientContext& context) {
-  return {context.doutputs[0]};
-}
+std::vector<Value> GradientBarrier(const GradientContext& context) { return {context.doutputs[0]}; }
 
 std::vector<OpSample> SamplesStop() { return {MakeSample({3, 5}, {})}; }
 

@@ -32,8 +32,8 @@
 #include "layers/transformer.h"
 #include "optim/optimizer.h"
 #include "pipelines/graph_runner.h"
-#include "pipelines/training_graph.h"
 #include "pipelines/model_folder.h"
+#include "pipelines/training_graph.h"
 
 namespace calotype {
 namespace {
