@@ -32,9 +32,8 @@ std::vector<Taps> LanczosTaps(int from, int to) {
   std::vector<Taps> all(static_cast<size_t>(to));
   for (int i = 0; i < to; ++i) {
     const double center = (i + 0.5) * scale;
-    // Truncated, not floored, as there.
-    const int first = std::max(0, static_cast<int>(center - support + 0.5));
-    const int last = std::min(from, static_cast<int>(center + support + 0.5));
+    const int first = std::max(0, static_cast<int>(std::floor(center - support + 0.5)));
+    const int last = std::min(from, static_cast<int>(std::floor(center + support + 0.5)));
     std::vector<double> weights;
     double sum = 0;
     for (int k = first; k < last; ++k) {
