@@ -41,6 +41,24 @@ Value ExportLoss(ComputationGraph& graph, DiffusionModel& model, const NoiseSche
   return DenoisingLoss(schedule, images, noise, timesteps, denoise, options);
 }
 
+// Another clip_skip for as long as it lives; `clip` may be null.
+class ClipSkipScope {
+ public:
+  ClipSkipScope(CLIPTextModel* clip, int64_t clip_skip)
+      : clip_(clip), before_(clip ? clip->clip_skip() : 0) {
+    if (clip_) clip_->SetClipSkip(clip_skip);
+  }
+  ~ClipSkipScope() {
+    if (clip_) clip_->SetClipSkip(before_);
+  }
+  ClipSkipScope(const ClipSkipScope&) = delete;
+  ClipSkipScope& operator=(const ClipSkipScope&) = delete;
+
+ private:
+  CLIPTextModel* clip_;
+  int64_t before_;
+};
+
 }  // namespace
 
 ComputationGraph EncoderGraph(DiffusionModel& model, int64_t batch, int64_t clip_skip) {
@@ -48,11 +66,9 @@ ComputationGraph EncoderGraph(DiffusionModel& model, int64_t batch, int64_t clip
   CLIPTextModel* clip = model.text_encoder();
   Check(clip || clip_skip == 0, "clip_skip is {}, but the model's text encoder is not CLIP",
         clip_skip);
-  const int64_t before = clip ? clip->clip_skip() : 0;
-  if (clip) clip->SetClipSkip(clip_skip);
+  const ClipSkipScope scope(clip, clip_skip);
   ComputationGraph graph;
   graph.Output("context", model.Encode(graph.Input("tokens", Tokens(model, batch))));
-  if (clip) clip->SetClipSkip(before);
   return graph;
 }
 

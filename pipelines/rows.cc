@@ -10,10 +10,9 @@ Tensor StackRows(std::span<const Tensor> parts) {
   for (const Tensor& part : parts) {
     Check<ShapeError>(part.defined() && part.shape().rank() >= 1, "stack: a part has no rows");
     rows += part.shape()[0];
-    Check<ShapeError>(part.dtype() == parts[0].dtype() &&
-                          part.shape().With(0, 1) == parts[0].shape().With(0, 1),
-                      "stack: the rows of {} differ from those of {}", part.type(),
-                      parts[0].type());
+    Check<ShapeError>(
+        part.dtype() == parts[0].dtype() && part.shape().With(0, 1) == parts[0].shape().With(0, 1),
+        "stack: the rows of {} differ from those of {}", part.type(), parts[0].type());
   }
   Tensor all(parts[0].shape().With(0, rows), parts[0].dtype());
   char* to = static_cast<char*>(all.raw());

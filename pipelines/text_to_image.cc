@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 
 #include "core/random.h"
 #include "core/torch_random.h"
@@ -11,6 +10,7 @@
 #include "diffusion/sampler_names.h"
 #include "diffusion/scheduler.h"
 #include "pipelines/init_image.h"
+#include "pipelines/rows.h"
 
 namespace calotype {
 namespace {
@@ -18,29 +18,6 @@ namespace {
 constexpr std::array<std::string_view, 3> kNoiseNames{"philox", "torch", "torch-batch"};
 // Compiled U-Nets of large models take gigabytes.
 constexpr size_t kMostUNets = 2, kMostOthers = 8;
-
-// Row i of x [N, ...] as [...].
-Tensor Row(const Tensor& x, int64_t i) {
-  std::vector<int64_t> dims;
-  for (int axis = 1; axis < x.shape().rank(); ++axis) dims.push_back(x.shape()[axis]);
-  Tensor row(Shape(dims), x.dtype());
-  std::memcpy(row.raw(), static_cast<const char*>(x.raw()) + i * row.bytes(),
-              static_cast<size_t>(row.bytes()));
-  return row;
-}
-
-// The tensors one behind the other along the first axis.
-Tensor Stack(std::span<const Tensor> parts) {
-  int64_t rows = 0;
-  for (const Tensor& part : parts) rows += part.shape()[0];
-  Tensor all(parts[0].shape().With(0, rows), parts[0].dtype());
-  char* to = static_cast<char*>(all.raw());
-  for (const Tensor& part : parts) {
-    std::memcpy(to, part.raw(), static_cast<size_t>(part.bytes()));
-    to += part.bytes();
-  }
-  return all;
-}
 
 // The noise of the pictures of a batch.
 class NoiseSource {
@@ -61,7 +38,7 @@ class NoiseSource {
     std::vector<Tensor> pictures;
     for (Random& random : philox_) pictures.push_back(random.NormalTensor(shape.With(0, 1)));
     for (TorchRandom& random : torch_) pictures.push_back(random.NormalTensor(shape.With(0, 1)));
-    return Stack(pictures);
+    return StackRows(pictures);
   }
 
  private:
@@ -141,7 +118,7 @@ Tensor ContextRows(std::span<const PictureContext> contexts, const PictureBatch&
   for (size_t i = 0; i < batch.positives; ++i) {
     for (const PictureContext& c : contexts) add(c.positive[i]);
   }
-  return Stack(rows);
+  return StackRows(rows);
 }
 
 // The output of each picture, from those of its rows.
@@ -256,12 +233,10 @@ std::vector<PictureContext> TextToImagePipeline::EncodePrompts(const GenerateOpt
     Tensor row = model_.Tokens(std::vector{options.negative_prompt}, callbacks.warn);
     negative = Row(Encode(row), 0);
   }
-  const int64_t count = tokens.shape()[0], length = tokens.shape()[1];
+  const int64_t count = tokens.shape()[0];
   for (int64_t begin = 0; begin < count; begin += options.batch_size) {
     const int64_t end = std::min(count, begin + options.batch_size);
-    Tensor rows({end - begin, length}, DType::kI64);
-    std::copy_n(tokens.data<int64_t>() + begin * length, rows.elements(), rows.data<int64_t>());
-    Tensor encoded = Encode(rows, options.clip_skip);
+    Tensor encoded = Encode(Rows(tokens, begin, end), options.clip_skip);
     for (int64_t i = begin; i < end; ++i)
       contexts.push_back({.negative = negative, .positive = {Row(encoded, i - begin)}});
   }
@@ -320,7 +295,7 @@ Tensor TextToImagePipeline::Generate(const GenerateOptions& given,
       pictures.push_back(Decode(one.Reshape(samples.shape().With(0, 1))));
     }
   }
-  Tensor all = Stack(pictures);
+  Tensor all = StackRows(pictures);
   for (float v : all.values()) {
     Check<NumericError>(std::isfinite(v), "generate: a picture is not finite; are the weights?");
   }
@@ -351,7 +326,7 @@ Tensor TextToImagePipeline::GenerateBatch(
                             model_.factor());
     auto encode = [&](const Tensor& picture) {
       std::vector<Tensor> samples(static_cast<size_t>(shape[0]), picture);
-      if (!model_.vae()) return Stack(samples);
+      if (!model_.vae()) return StackRows(samples);
       const Tensor drawn = noise.Normal(noise.shared() ? shape.With(0, 1) : shape);
       for (int64_t b = 0; b < shape[0]; ++b) {
         if (b > 0 && noise.shared()) {
@@ -361,7 +336,7 @@ Tensor TextToImagePipeline::GenerateBatch(
               EncodePicture(picture, Row(drawn, b).Reshape(shape.With(0, 1)));
         }
       }
-      return Stack(samples);
+      return StackRows(samples);
     };
     const bool from_noise = inpaint && *options.strength == 1;
     first = FirstStep(options.steps, *options.strength);
@@ -400,7 +375,7 @@ Tensor TextToImagePipeline::GenerateBatch(
     if (model_.takes_mask()) input = JoinMask(input, init.mask, masked);
     std::vector<Tensor> rows(batch.positives + (batch.guided ? 1 : 0), input);
     std::vector<Tensor> inputs{
-        rows.size() == 1 ? input : Stack(rows),
+        rows.size() == 1 ? input : StackRows(rows),
         Tensor::Full({batch.rows()}, static_cast<float>(scheduler->timesteps()[i])),
         ContextRows(contexts, batch)};
     if (hooks.inputs) {
