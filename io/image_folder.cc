@@ -13,6 +13,9 @@ namespace calotype {
 
 namespace {
 
+// The long side over the short one: a picture of 16384 x 1 would take 200 MB at a side of 64.
+constexpr int kMostLong = 32;
+
 // `where` is "FILE:LINE".
 std::string StringField(const nlohmann::json& object, const char* field, const std::string& where) {
   auto it = object.find(field);
@@ -93,6 +96,10 @@ ImageFolder::ImageFolder(const std::filesystem::path& folder, const Options& opt
   ParallelFor(size(), 1, [&](int64_t begin, int64_t) {
     try {
       Image picture = ReadPicture(paths[begin]);
+      const auto [near, far] = std::minmax(picture.width, picture.height);
+      Check<FileError>(far <= kMostLong * near,
+                       "{}: a picture of {} x {}; the long side may be {} times the short one",
+                       paths[begin].string(), picture.width, picture.height, kMostLong);
       entries_[begin].image = options_.center_crop ? ResizeAndCrop(picture, options_.side)
                                                    : ResizeShortSide(picture, options_.side);
     } catch (const std::exception& failure) {

@@ -21,7 +21,8 @@ class ImageFolder : public Dataset {
     bool random_flip = false;  // each draw is mirrored with probability 1/2
   };
   // Reads all pictures now: PNG or JPEG, the short side resized to `side`, kept in memory at 8 bits
-  // a channel. A picture that is missing or damaged is reported to `warn` and left out. Errors:
+  // a channel. A picture that is missing, damaged or longer than 32 times its short side is
+  // reported to `warn` and left out. Errors:
   // ValueError for a side outside [1, 4096]; FileError naming the file (and line) if the folder or
   // metadata.jsonl is missing, a line is not such an object, a file_name leads out of the folder
   // (absolute, "..", or through a link), or no picture is usable.

@@ -245,6 +245,25 @@ TEST(ImageFolder, ReadsJpegToo) {
             ResizeAndCrop(ReadPng(fixtures / "baseline.png"), 29));
 }
 
+TEST(ImageFolder, LeavesOutStripes) {
+  test::TempFolder folder;
+  WritePng(folder / "long.png", Coordinates(64, 2));
+  WritePng(folder / "longer.png", Coordinates(65, 2));
+  WritePng(folder / "tall.png", Coordinates(1, 33));
+  folder.Write("metadata.jsonl", ImageFolderLine("long.png", "a") +
+                                     ImageFolderLine("longer.png", "b") +
+                                     ImageFolderLine("tall.png", "c"));
+  for (bool center_crop : {false, true}) {
+    std::vector<std::string> warnings;
+    ImageFolder set(folder.path(), {.side = 4, .center_crop = center_crop},
+                    [&](const std::string& text) { warnings.push_back(text); });
+    EXPECT_EQ(set.size(), 1);
+    ASSERT_EQ(warnings.size(), 2u);
+    EXPECT_THAT(warnings[0], AllOf(HasSubstr("longer.png"), HasSubstr("65 x 2")));
+    EXPECT_THAT(warnings[1], AllOf(HasSubstr("tall.png"), HasSubstr("1 x 33")));
+  }
+}
+
 TEST(ImageFolder, SeveralCaptionsOfAPicture) {
   test::TempFolder folder;
   WritePng(folder / "a.png", Coordinates(4, 4));
