@@ -1,6 +1,7 @@
 // Configurations of the three models of a Stable Diffusion checkpoint in the original single-file
 // layout, derived from names and shapes of its tensors. What shapes cannot tell is as in Stable
-// Diffusion 1.x (CLIP text encoder) or 2.x (OpenCLIP): number of heads, activation, norm groups.
+// Diffusion 1.x (CLIP text encoder) or 2.x (OpenCLIP): number of heads, activation, norm groups,
+// and sample_size, which is that of models for 512 pixels.
 #pragma once
 
 #include <map>

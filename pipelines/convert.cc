@@ -15,6 +15,7 @@
 #include "diffusion/scheduler_config.h"
 #include "io/atomic_file.h"
 #include "io/file.h"
+#include "models/json_fields.h"
 #include "models/original_config.h"
 #include "pipelines/model_folder.h"
 
@@ -118,6 +119,18 @@ SchedulerConfig DefaultScheduler(const Configs& configs, const std::string& pred
   return s;
 }
 
+// Errors: FileError unless the folder of --config has one of the parts that are read from it.
+void CheckConfigFolder(const fs::path& folder) {
+  if (folder.empty()) return;
+  std::error_code ignored;
+  Check<FileError>(fs::is_directory(folder, ignored), "{}: not a folder", folder.string());
+  constexpr std::array kParts{"unet/config.json", "vae/config.json", "text_encoder/config.json",
+                              "scheduler/scheduler_config.json", "tokenizer"};
+  Check<FileError>(
+      std::ranges::any_of(kParts, [&](auto part) { return fs::exists(folder / part, ignored); }),
+      "{}: not a model folder: it has none of {}", folder.string(), fmt::join(kParts, ", "));
+}
+
 // The configurations for a file, from the best source for each.
 Configs ConfigsFor(const ConvertOptions& options, const TensorFileHeader& header) {
   Configs configs;
@@ -126,7 +139,6 @@ Configs ConfigsFor(const ConvertOptions& options, const TensorFileHeader& header
   // Always, since it also says what kind of file it is.
   static_cast<OriginalConfigs&>(configs) =
       InFile(options.in, [&] { return DeriveOriginalConfigs(shapes); });
-  bool scheduler = false;
   auto read = [&](const char* folder, const char* name, const char* metadata, const auto& parse) {
     fs::path path = options.config / folder / name;
     if (!options.config.empty() && fs::exists(path)) {
@@ -137,18 +149,26 @@ Configs ConfigsFor(const ConvertOptions& options, const TensorFileHeader& header
     if (found == header.metadata.end()) return false;
     return InFile(options.in, [&] { parse(found->second); }), true;
   };
-  read("unet", "config.json", kMetadata[0],
-       [&](const std::string& text) { configs.unet = UNet2DConditionConfig::FromJson(text); });
-  read("vae", "config.json", kMetadata[1],
-       [&](const std::string& text) { configs.vae = AutoencoderKLConfig::FromJson(text); });
+  const bool unet = read("unet", "config.json", kMetadata[0], [&](const std::string& text) {
+    configs.unet = UNet2DConditionConfig::FromJson(text);
+  });
+  const bool vae = read("vae", "config.json", kMetadata[1], [&](const std::string& text) {
+    configs.vae = AutoencoderKLConfig::FromJson(text);
+  });
   read("text_encoder", "config.json", kMetadata[2],
        [&](const std::string& text) { configs.text_encoder = CLIPTextConfig::FromJson(text); });
-  scheduler =
+  const bool scheduler =
       read("scheduler", "scheduler_config.json", kMetadata[3],
            [&](const std::string& text) { configs.scheduler = ParseSchedulerConfig(text); });
   if (!scheduler) configs.scheduler = DefaultScheduler(configs, options.prediction_type);
   if (!options.prediction_type.empty()) configs.scheduler.prediction_type = options.prediction_type;
   Validate(configs.scheduler);
+  // The models of 2.x that predict the velocity are those for 768 pixels.
+  if (configs.layout == TextLayout::kOpenClip &&
+      configs.scheduler.prediction_type == "v_prediction") {
+    if (!unet) configs.unet.sample_size = 96;
+    if (!vae) configs.vae.sample_size = 768;
+  }
   return configs;
 }
 
@@ -157,13 +177,23 @@ void CheckSchedule(const fs::path& path, const SchedulerConfig& scheduler) {
   TensorFile file = ReadSafetensors(
       path, [](const TensorEntry& entry) { return entry.name == "alphas_cumprod"; });
   if (file.tensors.empty()) return;
-  const Tensor& stored = file.tensors.begin()->second;
+  Tensor stored = file.tensors.begin()->second;
+  if (stored.dtype() == DType::kF64) stored = stored.To(DType::kF32);
+  // A half-precision number is rounded: by half a unit in the last of its 11 or 8 bits, which is
+  // largest, relative to the number, just above a power of two.
+  double rounding = 0;
+  if (auto found = file.formats.find("alphas_cumprod"); found != file.formats.end()) {
+    rounding = found->second == FloatFormat::kF16    ? 0x1p-11
+               : found->second == FloatFormat::kBF16 ? 0x1p-8
+                                                     : 0;
+  }
   const NoiseSchedule schedule(scheduler);
   std::span<const float> expected = schedule.alphas_cumprod();
   bool same =
       stored.dtype() == DType::kF32 && stored.elements() == static_cast<int64_t>(expected.size());
   for (size_t i = 0; same && i < expected.size(); ++i) {
-    same = std::abs(stored.data()[i] - expected[i]) <= 1e-3 * expected[i] + 1e-5;
+    const double exact = expected[i], tolerance = 1e-3 * exact + 1e-5;
+    same = std::abs(stored.data()[i] - exact) <= tolerance + rounding * (exact + tolerance);
   }
   Check<FileError>(same,
                    "{}: tensor alphas_cumprod is not the noise schedule of the scheduler's "
@@ -178,7 +208,7 @@ std::vector<std::string> MatchTensors(const ConvertOptions& options, const Tenso
                                       const Configs& configs, const std::vector<Part>& parts) {
   std::map<std::string, const TensorEntry*> entries;
   for (const TensorEntry& entry : header.entries) entries[entry.name] = &entry;
-  std::vector<std::string> missing, wrong, unknown, lines;
+  std::vector<std::string> missing, wrong, format, unknown, lines;
   for (const Part& part : parts) {
     for (const OriginalKey& key : part.keys) {
       auto node = entries.extract(key.original);
@@ -187,10 +217,12 @@ std::vector<std::string> MatchTensors(const ConvertOptions& options, const Tenso
         continue;
       }
       const TensorEntry& entry = *node.mapped();
-      const bool real = entry.dtype == "F32" || entry.dtype == "F16" || entry.dtype == "BF16";
-      if (entry.shape != key.OriginalShape() || !real) {
+      if (entry.shape != key.OriginalShape()) {
         wrong.push_back(fmt::format("{} is {}{}, expected {}", entry.name, entry.dtype, entry.shape,
                                     key.OriginalShape()));
+      } else if (entry.dtype != "F32" && entry.dtype != "F16" && entry.dtype != "BF16") {
+        format.push_back(fmt::format("{} is {}{}, expected F32, F16 or BF16", entry.name,
+                                     entry.dtype, entry.shape));
       }
     }
   }
@@ -208,8 +240,9 @@ std::vector<std::string> MatchTensors(const ConvertOptions& options, const Tenso
     unknown.clear();
   }
   std::string problems;
-  for (auto [what, names] : {std::pair("missing", &missing), std::pair("of a wrong shape", &wrong),
-                             std::pair("unknown", &unknown)}) {
+  for (auto [what, names] :
+       {std::pair("missing", &missing), std::pair("of a wrong shape", &wrong),
+        std::pair("of a wrong dtype", &format), std::pair("unknown", &unknown)}) {
     if (names->empty()) continue;
     problems +=
         fmt::format("{}{} {}: {}", problems.empty() ? "" : "; ", names->size(), what, Join(*names));
@@ -251,20 +284,33 @@ void WritePart(const fs::path& folder, const Part& part, TensorFile tensors) {
   WriteFile(folder / "config.json", part.config);
 }
 
-// Checks a tokenizer and copies it; whether there was one.
-bool CopyTokenizer(const ConvertOptions& options, const fs::path& out) {
+// The files of the tokenizer for a folder; none if the options name none. Errors: those of
+// MakeCLIPTokenizer.
+std::map<std::string, std::string> TokenizerFiles(const ConvertOptions& options,
+                                                  const Configs& configs) {
   fs::path from = options.tokenizer;
   if (from.empty() && !options.config.empty() && fs::exists(options.config / "tokenizer")) {
     from = options.config / "tokenizer";
   }
-  if (from.empty()) return false;
-  LoadCLIPTokenizer(from);
-  fs::create_directories(out);
-  for (const char* name : {"vocab.json", "merges.txt", "tokenizer_config.json",
-                           "special_tokens_map.json", "tokenizer.json"}) {
-    if (fs::exists(from / name)) WriteFile(out / name, ReadFile(from / name, kMaxText));
+  if (from.empty()) return {};
+  std::map<std::string, std::string> files = ReadTokenizerFiles(from);
+  if (!files.contains("tokenizer_config.json")) {
+    const CLIPTokenizerConfig defaults;
+    const bool v2 = configs.layout == TextLayout::kOpenClip;
+    nlohmann::json config = {{"tokenizer_class", "CLIPTokenizer"},
+                             {"model_max_length", configs.text_encoder.max_position_embeddings},
+                             {"bos_token", defaults.bos_token},
+                             {"eos_token", defaults.eos_token},
+                             {"unk_token", defaults.unk_token},
+                             {"pad_token", v2 ? "!" : defaults.pad_token},
+                             {"do_lower_case", true}};
+    files["tokenizer_config.json"] = config.dump(2) + "\n";
   }
-  return true;
+  MakeCLIPTokenizer(files, from);
+  if (fs::exists(from / "tokenizer.json")) {
+    files["tokenizer.json"] = ReadFile(from / "tokenizer.json", kMaxText);
+  }
+  return files;
 }
 
 std::vector<std::string> FileToFolder(const ConvertOptions& options) {
@@ -272,35 +318,43 @@ std::vector<std::string> FileToFolder(const ConvertOptions& options) {
                           "{}: only .safetensors files are read; pickled ones (.ckpt, .bin) can "
                           "run any code when they are loaded",
                           options.in.string());
+  CheckConfigFolder(options.config);
   const TensorFileHeader header = ReadSafetensorsHeader(options.in);
   const Configs configs = ConfigsFor(options, header);
   std::vector<Part> parts = InFile(options.in, [&] { return PartsOf(configs); });
   std::vector<std::string> lines = MatchTensors(options, header, configs, parts);
   CheckSchedule(options.in, configs.scheduler);
+  const std::map<std::string, std::string> tokenizer = TokenizerFiles(options, configs);
 
   // Made under a name that nobody else has, then renamed.
   const fs::path work =
       options.out.parent_path() /
       fmt::format(".{}.part-{}", options.out.filename().string(), static_cast<int64_t>(getpid()));
   const auto pair = [](auto library, auto name) { return nlohmann::json::array({library, name}); };
-  nlohmann::json index = {{"_class_name", "StableDiffusionPipeline"},
-                          {"_diffusers_version", "0.42.1"},
-                          {"requires_safety_checker", false}};
+  const bool inpaint = configs.unet.in_channels != configs.unet.out_channels;
+  nlohmann::json index = {
+      {"_class_name", inpaint ? "StableDiffusionInpaintPipeline" : "StableDiffusionPipeline"},
+      {"_diffusers_version", kDiffusersVersion},
+      {"requires_safety_checker", false}};
   for (const char* absent : {"feature_extractor", "image_encoder", "safety_checker"}) {
     index[absent] = pair(nullptr, nullptr);
   }
   index["scheduler"] = pair("diffusers", configs.scheduler.type);
   index["text_encoder"] = pair("transformers", "CLIPTextModel");
-  index["tokenizer"] = pair("transformers", "CLIPTokenizer");
+  index["tokenizer"] =
+      pair("transformers", tokenizer.empty() ? "CLIPTokenizer" : ClassOfTokenizer(tokenizer));
   index["unet"] = pair("diffusers", "UNet2DConditionModel");
   index["vae"] = pair("diffusers", "AutoencoderKL");
   try {
     fs::create_directories(work / "scheduler");
-    if (!CopyTokenizer(options, work / "tokenizer")) {
+    if (tokenizer.empty()) {
       lines.push_back("tokenizer: the file has none; put vocab.json and merges.txt into " +
                       (options.out / "tokenizer").string() +
                       ", or convert with --tokenizer or --config");
+    } else {
+      fs::create_directories(work / "tokenizer");
     }
+    for (const auto& [name, text] : tokenizer) WriteFile(work / "tokenizer" / name, text);
     for (const Part& part : parts) {
       std::set<std::string> wanted;
       for (const OriginalKey& key : part.keys) wanted.insert(key.original);

@@ -19,13 +19,16 @@ struct ConvertOptions {
   // Of all tensors that are written; empty: that in which each of them is read.
   std::optional<FloatFormat> dtype;
   // A file has no configurations, unless Calotype wrote it. They come from the parts unet, vae,
-  // text_encoder, scheduler and tokenizer of this folder, as far as it has them; then from the
-  // file's metadata; then from names and shapes of the tensors and what SD 1.x and 2.x have in
-  // common.
+  // text_encoder, scheduler and tokenizer of this folder, as far as it has them (one at least);
+  // then from the file's metadata; then from names and shapes of the tensors and what SD 1.x and
+  // 2.x have in common.
   std::filesystem::path config;
-  std::filesystem::path tokenizer;  // a folder with vocab.json and merges.txt, copied to `out`
-  std::string prediction_type;      // epsilon or v_prediction; SD 2.x files do not say which it is
-  bool allow_unmatched = false;     // leave out tensors that no model has, instead of failing
+  // A folder with vocab.json and merges.txt, or tokenizer.json, copied to `out`. If it has no
+  // tokenizer_config.json one is written: CLIP's tokens, the text encoder's length, and "!" as
+  // padding for SD 2.x.
+  std::filesystem::path tokenizer;
+  std::string prediction_type;   // epsilon or v_prediction; SD 2.x files do not say which it is
+  bool allow_unmatched = false;  // leave out tensors that no model has, instead of failing
 };
 
 // Returns what was done, a line each. Errors: FileError naming the file and all tensors that are

@@ -19,8 +19,9 @@ namespace fs = std::filesystem;
 
 constexpr const char* kWeights = "model.safetensors";
 constexpr const char* kOwnClass = "CalotypePipeline";
-constexpr std::array kStableDiffusionClasses{
-    "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"};
+constexpr const char* kInpaintClass = "StableDiffusionInpaintPipeline";
+constexpr std::array kStableDiffusionClasses{"StableDiffusionPipeline",
+                                             "StableDiffusionImg2ImgPipeline", kInpaintClass};
 
 std::string ReadText(const fs::path& path) { return ReadFile(path, 64 << 20); }
 
@@ -265,17 +266,19 @@ void DiffusionModel::Save(const fs::path& folder) {
                      error.message());
     return folder / part;
   };
-  nlohmann::ordered_json index = {
-      {"_class_name", stable_diffusion() ? "StableDiffusionPipeline" : kOwnClass},
-      {"_calotype_version", CALOTYPE_VERSION},
-      {"unet", {"diffusers", "UNet2DConditionModel"}}};
+  const char* type = !stable_diffusion() ? kOwnClass
+                     : takes_mask()      ? kInpaintClass
+                                         : kStableDiffusionClasses[0];
+  nlohmann::ordered_json index = {{"_class_name", type},
+                                  {"_calotype_version", CALOTYPE_VERSION},
+                                  {"unet", {"diffusers", "UNet2DConditionModel"}}};
   SaveUNet(folder / "unet", *unet_);
   if (text_encoder_) {
     SaveCLIPTextModel(folder / "text_encoder", *text_encoder_);
     fs::path part = make("tokenizer");
     for (const auto& [name, content] : tokenizer_files_) WriteFile(part / name, content);
     index["text_encoder"] = {"transformers", "CLIPTextModel"};
-    index["tokenizer"] = {"transformers", "CLIPTokenizer"};
+    index["tokenizer"] = {"transformers", ClassOfTokenizer(tokenizer_files_)};
   } else {
     fs::path part = make("caption_encoder");
     WriteSafetensors(part / kWeights, {caption_encoder_->SaveParameters(), {}});

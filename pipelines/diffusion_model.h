@@ -55,7 +55,8 @@ class DiffusionModel : public Layer {
   // field.
   static std::unique_ptr<DiffusionModel> Load(const std::filesystem::path& folder,
                                               const Warn& warn = {});
-  // Writes the folder; each file is replaced atomically. Errors: FileError.
+  // Writes the folder; each file is replaced atomically. A Stable Diffusion model is a
+  // StableDiffusionPipeline, or ...InpaintPipeline if its U-Net takes a mask. Errors: FileError.
   void Save(const std::filesystem::path& folder);
 
   std::vector<Value> ExportComputationGraph(ComputationGraph& graph,

@@ -207,6 +207,10 @@ CLIPTokenizer MakeCLIPTokenizer(const std::map<std::string, std::string>& files,
   });
 }
 
+const char* ClassOfTokenizer(const std::map<std::string, std::string>& files) {
+  return files.contains("vocab.json") ? "CLIPTokenizer" : "CLIPTokenizerFast";
+}
+
 std::unique_ptr<CLIPTokenizer> LoadCLIPTokenizer(const fs::path& folder) {
   return std::make_unique<CLIPTokenizer>(MakeCLIPTokenizer(ReadTokenizerFiles(folder), folder));
 }

@@ -34,6 +34,9 @@ std::map<std::string, std::string> ReadTokenizerFiles(const std::filesystem::pat
 CLIPTokenizer MakeCLIPTokenizer(const std::map<std::string, std::string>& files,
                                 const std::filesystem::path& folder);
 
+// What transformers calls it: CLIPTokenizer, or CLIPTokenizerFast if only tokenizer.json is there.
+const char* ClassOfTokenizer(const std::map<std::string, std::string>& files);
+
 // Makes the folder if needed; each file is replaced atomically. Half precision is rounded to the
 // nearest even (io/half.h). Errors: FileError.
 void SaveUNet(const std::filesystem::path& folder, UNet2DConditionModel& unet,

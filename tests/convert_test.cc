@@ -106,8 +106,9 @@ TEST(OriginalKeysTest, ConfigsFollowFromShapes) {
 
 // ---------------------------------------------------------------- conversion
 
-// A small Stable Diffusion folder; `v2` with the text encoder and the projections of 2.x.
-void WriteFolder(const fs::path& folder, bool v2) {
+// A small Stable Diffusion folder; `v2` with the text encoder and the projections of 2.x; `wide`
+// with the 32 groups of the full size, so that its configurations follow from its tensors.
+void WriteFolder(const fs::path& folder, bool v2, bool wide = false) {
   WriteText(
       folder / "model_index.json",
       R"({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]})");
@@ -115,11 +116,14 @@ void WriteFolder(const fs::path& folder, bool v2) {
       ReadText(Fixture(v2 ? "unet/sd21-tiny" : "unet/sd15-tiny") / "config.json"));
   u.cross_attention_dim = {16};
   u.layers_per_block = {2};
+  if (wide) u.block_out_channels = {32, 64}, u.norm_num_groups = 32;
   UNet2DConditionModel unet(u);
   unet.Initialize(1);
   SaveUNet(folder / "unet", unet);
-  AutoencoderKL vae(
-      AutoencoderKLConfig::FromJson(ReadText(Fixture("vae/kl-tiny") / "config.json")));
+  AutoencoderKLConfig a =
+      AutoencoderKLConfig::FromJson(ReadText(Fixture("vae/kl-tiny") / "config.json"));
+  if (wide) a.block_out_channels = {32, 64}, a.norm_num_groups = 32;
+  AutoencoderKL vae(a);
   vae.Initialize(2);
   SaveAutoencoderKL(folder / "vae", vae);
   CLIPTextConfig t = CLIPTextConfig::FromJson(ReadText(Fixture("clip/tiny") / "config.json"));
@@ -170,6 +174,9 @@ TEST(ConvertTest, RoundTripsAreExact) {
           EXPECT_EQ(entry.dtype, *dtype == 'b' ? "BF16" : "F16");
         }
       }
+      const json tokenizer = json::parse(ReadText(folder / "back/tokenizer/tokenizer_config.json"));
+      EXPECT_EQ(tokenizer.at("model_max_length"), 20);
+      EXPECT_EQ(tokenizer.at("pad_token"), v2 ? "!" : "<|endoftext|>");
       // The folder is a model.
       json index = json::parse(ReadText(folder / "back/model_index.json"));
       EXPECT_EQ(index.at("safety_checker"), json::array({nullptr, nullptr}));
@@ -234,13 +241,55 @@ TEST(ConvertTest, FilesOfOthers) {
     EXPECT_EQ(ReadText(folder / "out" / name), ReadText(folder / "sd" / name)) << name;
   }
   EXPECT_TRUE(fs::exists(folder / "out/tokenizer/vocab.json"));
+  // The constants may be rounded to another format.
+  for (FloatFormat format : {FloatFormat::kF16, FloatFormat::kBF16}) {
+    file.formats["alphas_cumprod"] = format;
+    WriteSafetensors(folder / "other.safetensors", file);
+    fs::remove_all(folder / "out");
+    EXPECT_NO_THROW(ConvertModel(options));
+  }
 
   // Its noise schedule is not that of the configuration.
   fs::remove_all(folder / "out");
-  file.tensors["alphas_cumprod"].data()[500] *= 1.1f;
+  file.tensors["alphas_cumprod"].data()[500] *= 1.01f;
   WriteSafetensors(folder / "other.safetensors", file);
   EXPECT_THAT(MessageOf<FileError>([&] { ConvertModel(options); }), HasSubstr("alphas_cumprod"));
   EXPECT_FALSE(fs::exists(folder / "out"));
+
+  // A folder of configurations that is none.
+  options.config = folder / "sdd";
+  EXPECT_THAT(MessageOf<FileError>([&] { ConvertModel(options); }), HasSubstr("sdd: not a folder"));
+  options.config = folder / "sd/unet";
+  EXPECT_THAT(MessageOf<FileError>([&] { ConvertModel(options); }),
+              HasSubstr("sd/unet: not a model folder"));
+}
+
+// Models of 2.x that predict the velocity are those for 768 pixels.
+TEST(ConvertTest, SampleSizesFollowFromThePrediction) {
+  TempFolder folder;
+  WriteFolder(folder / "sd", /*v2=*/true, /*wide=*/true);
+  ConvertModel({.in = folder / "sd", .out = folder / "sd.safetensors"});
+  TensorFile file = ReadSafetensors(folder / "sd.safetensors");
+  for (const char* part : {"unet", "vae", "scheduler"})
+    file.metadata.erase(fmt::format("calotype.{}", part));
+  WriteSafetensors(folder / "other.safetensors", file);
+  auto sizes = [&](const ConvertOptions& options) {
+    ConvertModel(options);
+    auto result =
+        std::pair(ReadUNetConfig(options.out / "unet/config.json").sample_size.value_or(0),
+                  ReadAutoencoderKLConfig(options.out / "vae/config.json").sample_size);
+    fs::remove_all(options.out);
+    return result;
+  };
+  ConvertOptions options{.in = folder / "other.safetensors", .out = folder / "out"};
+  options.prediction_type = "epsilon";
+  EXPECT_EQ(sizes(options), std::pair(int64_t{64}, int64_t{512}));
+  options.prediction_type = "v_prediction";
+  EXPECT_EQ(sizes(options), std::pair(int64_t{96}, int64_t{768}));
+  // What a configuration says counts.
+  WriteText(folder / "config/vae/config.json", ReadText(folder / "sd/vae/config.json"));
+  options.config = folder / "config";
+  EXPECT_EQ(sizes(options), std::pair(int64_t{96}, int64_t{16}));
 }
 
 struct BadFile {
@@ -267,7 +316,10 @@ TEST(ConvertTest, WrongFilesAreNamed) {
        {"1 of a wrong shape", "out.2.bias is F32[5], expected [4]"}},
       {"wrong dtype",
        [&](TensorFile& f) { f.tensors[unet + "out.2.bias"] = Tensor::Zeros({4}, DType::kI32); },
-       {"out.2.bias is I32[4]"}},
+       {"1 of a wrong dtype", "out.2.bias is I32[4], expected F32, F16 or BF16"}},
+      {"doubles",
+       [&](TensorFile& f) { f.tensors[unet + "out.2.bias"] = Tensor::Zeros({4}, DType::kF64); },
+       {"1 of a wrong dtype", "out.2.bias is F64[4], expected F32, F16 or BF16"}},
       {"unknown",
        [&](TensorFile& f) {
          f.tensors["control_model.a"] = f.tensors["control_model.b"] = Tensor::Zeros({1});

@@ -15,6 +15,8 @@
 #include "graph/functions.h"
 #include "io/jpeg.h"
 #include "io/safetensors.h"
+#include "pipelines/convert.h"
+#include "pipelines/model_graphs.h"
 #include "tests/expect_error.h"
 #include "tests/temp_folder.h"
 
@@ -171,6 +173,33 @@ TEST_F(StableDiffusionTest, AFolderIsWrittenAsItWasRead) {
     EXPECT_EQ(again->SchedulerFor(sampler), model->SchedulerFor(sampler)) << sampler;
   for (const char* file : {"vocab.json", "merges.txt", "tokenizer_config.json"})
     EXPECT_EQ(ReadText(Model() / "tokenizer" / file), ReadText(folder_ / "again/tokenizer" / file));
+  // The class of the pipeline is that of the U-Net.
+  DiffusionModel::Load(Inpaint())->Save(folder_ / "inpaint-again");
+  for (auto [name, type] : {std::pair{"again", "StableDiffusionPipeline"},
+                            {"inpaint-again", "StableDiffusionInpaintPipeline"}}) {
+    const json index = json::parse(ReadText(folder_ / name / "model_index.json"));
+    EXPECT_EQ(index.at("_class_name"), type);
+    EXPECT_EQ(index.at("tokenizer"), json::array({"transformers", "CLIPTokenizer"}));
+  }
+  EXPECT_TRUE(DiffusionModel::Load(folder_ / "inpaint-again")->takes_mask());
+}
+
+TEST_F(StableDiffusionTest, AConvertedFileIsAModel) {
+  fs::remove(Inpaint() / "tokenizer/tokenizer_config.json");
+  const fs::path file = folder_ / "inpaint.safetensors", back = folder_ / "back";
+  ConvertModel({.in = Inpaint(), .out = file});
+  ConvertModel({.in = file, .out = back, .tokenizer = Inpaint() / "tokenizer"});
+  auto model = DiffusionModel::Load(back);
+  EXPECT_TRUE(model->takes_mask());
+  EXPECT_EQ(model->caption_tokens(), 77);
+  EXPECT_EQ(json::parse(ReadText(back / "model_index.json")).at("_class_name"),
+            "StableDiffusionInpaintPipeline");
+}
+
+TEST_F(StableDiffusionTest, AnErrorLeavesClipSkipAsItWas) {
+  auto model = DiffusionModel::Load(Model());
+  EXPECT_THROW(EncoderGraph(*model, int64_t{1} << 62, 1), Error);
+  EXPECT_EQ(model->text_encoder()->clip_skip(), 0);
 }
 
 // transformers writes tokenizer.json alone from version 5 on.
@@ -191,6 +220,10 @@ TEST_F(StableDiffusionTest, TheFastTokenizersFileIsEnough) {
   const std::vector<std::string> texts{"The red cat lower.", "a caf\xc3\xa9", ""};
   Tensor a = model->Tokens(texts, {}), b = other->Tokens(texts, {});
   EXPECT_EQ(std::memcmp(a.raw(), b.raw(), static_cast<size_t>(a.bytes())), 0);
+  other->Save(folder_ / "again");
+  EXPECT_EQ(json::parse(ReadText(folder_ / "again/model_index.json")).at("tokenizer"),
+            json::array({"transformers", "CLIPTokenizerFast"}));
+  DiffusionModel::Load(folder_ / "again");
   fast["model"]["type"] = "Unigram";
   WriteText(Model() / "tokenizer/tokenizer.json", fast.dump());
   EXPECT_THAT(MessageOf<UnsupportedError>([&] { DiffusionModel::Load(Model()); }),
