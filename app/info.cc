@@ -7,6 +7,7 @@
 #include "core/isa.h"
 #include "core/parallel.h"
 #include "io/checkpoint.h"
+#include "io/file.h"
 #include "io/png.h"
 #include "io/safetensors.h"
 #include "models/presets.h"
@@ -31,9 +32,9 @@ void PrintTensors(const fs::path& path) {
   for (const TensorEntry& entry : header.entries) elements += entry.shape.elements();
   fmt::print("{}: {} tensors, {} elements\n", path.string(), header.entries.size(), elements);
   for (const auto& [key, value] : header.metadata)
-    fmt::print("  {} = {}\n", key, value.substr(0, 200));
+    fmt::print("  {} = {}\n", Quoted(key), Quoted(value));
   for (const TensorEntry& entry : header.entries)
-    fmt::print("  {:4} {:18} {}\n", entry.dtype, entry.shape.ToString(), entry.name);
+    fmt::print("  {:4} {:18} {}\n", entry.dtype, entry.shape.ToString(), Quoted(entry.name));
 }
 
 void PrintModel(const fs::path& folder) {

@@ -6,6 +6,8 @@
 #include <set>
 
 #include "app/commands.h"
+#include "core/error.h"
+#include "io/file.h"
 #include "pipelines/diffusion_model.h"
 #include "pipelines/lora.h"
 #include "pipelines/lora_names.h"
@@ -20,7 +22,13 @@ struct Command {
   bool allow_unmatched = false;
 };
 
-void Info(const Command& command) {
+std::unique_ptr<DiffusionModel> LoadModel(const Command& command, bool quiet) {
+  return DiffusionModel::Load(command.model, [quiet](const std::string& text) {
+    if (!quiet) fmt::print(stderr, "warning: {}\n", text);
+  });
+}
+
+void Info(const Command& command, bool quiet) {
   LoraFile lora = LoadLora(command.file);
   std::map<std::string, int64_t> groups;
   std::set<int64_t> ranks;
@@ -36,24 +44,23 @@ void Info(const Command& command) {
              numbers, NameOf(lora.dialect));
   fmt::print("ranks {}; alphas {}\n", fmt::join(ranks, ", "),
              alphas.empty() ? "= rank" : fmt::format("{}", fmt::join(alphas, ", ")));
-  for (const auto& [name, count] : groups) fmt::print("{:5} {}\n", count, name);
-  for (const std::string& name : lora.unknown) fmt::print("  no LoRA: {}\n", name);
-  for (const auto& [key, value] : lora.metadata)
-    fmt::print("{}: {}\n", key, value.size() > 200 ? value.substr(0, 200) + " ..." : value);
+  for (const auto& [name, count] : groups) fmt::print("{:5} {}\n", count, Quoted(name));
+  for (const std::string& name : lora.unknown) fmt::print("  no LoRA: {}\n", Quoted(name));
+  for (const auto& [key, value] : lora.metadata) fmt::print("{}: {}\n", Quoted(key), Quoted(value));
   if (command.model.empty()) return;
-  auto model = DiffusionModel::Load(command.model);
+  auto model = LoadModel(command, quiet);
   ResolveLora(LoraModelOf(*model), lora, {.allow_unmatched = command.allow_unmatched});
   fmt::print("fits {}: {}\n", command.model.string(),
              CheckLora(LoraModelOf(*model), lora).ToString());
 }
 
-void Convert(const Command& command) {
+void Convert(const Command& command, bool quiet) {
   LoraDialect dialect = ParseLoraDialect(command.format);
   LoraFile lora = LoadLora(command.file);
   if (command.model.empty()) {
     lora = ResolveLora(lora);
   } else {
-    auto model = DiffusionModel::Load(command.model);
+    auto model = LoadModel(command, quiet);
     lora = ResolveLora(LoraModelOf(*model), lora);
   }
   SaveLora(command.out, lora, dialect);
@@ -61,9 +68,13 @@ void Convert(const Command& command) {
 }
 
 void Merge(const Command& command, bool quiet) {
+  // The parts would replace those of another model one by one.
+  std::error_code ignored;
+  Check<FileError>(!std::filesystem::exists(command.out / "model_index.json", ignored),
+                   "{}: holds a model already; name another folder", command.out.string());
   std::vector<WeightedLora> loras;
   for (const std::string& lora : command.loras) loras.push_back(LoadWeightedLora(lora));
-  auto model = DiffusionModel::Load(command.model);
+  auto model = LoadModel(command, quiet);
   MergedLora merged =
       MergeLora(LoraModelOf(*model), loras, {.allow_unmatched = command.allow_unmatched});
   for (size_t i = 0; i < loras.size() && !quiet; ++i) {
@@ -74,9 +85,9 @@ void Merge(const Command& command, bool quiet) {
   fmt::print("{}\n", command.out.string());
 }
 
-void AddAllowUnmatched(CLI::App* app, Command& command) {
-  app->add_flag("--allow-unmatched", command.allow_unmatched,
-                "Leave out modules that the model does not have, instead of stopping");
+CLI::Option* AddAllowUnmatched(CLI::App* app, Command& command) {
+  return app->add_flag("--allow-unmatched", command.allow_unmatched,
+                       "Leave out modules that the model does not have, instead of stopping");
 }
 
 }  // namespace
@@ -89,8 +100,10 @@ void AddLora(CLI::App& app, Selected& selected) {
   CLI::App* info = lora->add_subcommand("info", "What a file holds");
   info->add_option("file", command->file, "LoRA file")->required();
   info->add_option("-m,--model", command->model, "Model folder: also check that the file fits it");
-  AddAllowUnmatched(info, *command);
-  info->callback([command, &selected] { selected.run = [command] { Info(*command); }; });
+  AddAllowUnmatched(info, *command)->needs("--model");
+  info->callback([command, &selected] {
+    selected.run = [command, &selected] { Info(*command, selected.quiet); };
+  });
 
   CLI::App* convert = lora->add_subcommand("convert", "Write a file in another spelling");
   convert->footer(
@@ -101,7 +114,9 @@ void AddLora(CLI::App& app, Selected& selected) {
   convert->add_option("-m,--model", command->model,
                       "Model folder whose layers are meant [Stable Diffusion 1.x and 2.x]");
   convert->add_option("-o,--out", command->out, "File to write")->required();
-  convert->callback([command, &selected] { selected.run = [command] { Convert(*command); }; });
+  convert->callback([command, &selected] {
+    selected.run = [command, &selected] { Convert(*command, selected.quiet); };
+  });
 
   CLI::App* merge = lora->add_subcommand("merge", "Write a model folder with LoRAs merged in");
   merge->footer("Example:\n  calotype lora merge --model sd --lora a.safetensors:0.8 --out merged");
@@ -110,7 +125,7 @@ void AddLora(CLI::App& app, Selected& selected) {
       ->take_all()
       ->required();
   AddAllowUnmatched(merge, *command);
-  merge->add_option("-o,--out", command->out, "Folder to write")->required();
+  merge->add_option("-o,--out", command->out, "Folder to write; must not hold a model")->required();
   merge->callback([command, &selected] {
     selected.run = [command, &selected] { Merge(*command, selected.quiet); };
   });

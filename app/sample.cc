@@ -57,7 +57,13 @@ void Run(Command& command, bool quiet) {
   auto pipeline = TextToImagePipeline::Load(command.model, ParseBackend(command.backend),
                                             {.winograd = jit::ParseWinograd(command.winograd)},
                                             ShowSampling(bar).warn);
-  MergeLora(LoraModelOf(pipeline->model()), loras, {.allow_unmatched = command.allow_unmatched});
+  MergedLora merged = MergeLora(LoraModelOf(pipeline->model()), loras,
+                                {.allow_unmatched = command.allow_unmatched});
+  for (size_t i = 0; i < loras.size(); ++i) {
+    const LoraReport& report = merged.reports()[i];
+    if (report.complete()) continue;
+    ShowSampling(bar).warn(fmt::format("{}: {}", loras[i].file.source, report.ToString()));
+  }
   PromptSyntax syntax = ParsePromptSyntax(command.prompt_syntax);
   if (syntax != PromptSyntax::kPlain) {
     options.context = PromptContexts(*pipeline, options, syntax, ShowSampling(bar).warn);
@@ -150,7 +156,9 @@ void AddSample(CLI::App& app, Selected& selected) {
                      "Share of the steps taken from --init-image on, 0 to 1 [0.8, with a mask 1]");
   sample->add_option("-W,--width", options.width, "Pixels [the model's, or --init-image's]");
   sample->add_option("-H,--height", options.height, "Pixels [the model's, or --init-image's]");
-  sample->add_option("--side,--resolution", command->side, "Width and height at once");
+  sample->add_option("--side,--resolution", command->side, "Width and height at once")
+      ->excludes("--width")
+      ->excludes("--height");
   sample
       ->add_option("-s,--seed", command->seed, "Seed of the first picture; the next ones count up")
       ->capture_default_str()

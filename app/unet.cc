@@ -16,6 +16,7 @@
 #include "io/atomic_file.h"
 #include "io/file.h"
 #include "io/safetensors.h"
+#include "jit/compile.h"
 #include "pipelines/benchmark.h"
 #include "pipelines/model_folder.h"
 
@@ -61,8 +62,8 @@ Inputs ReadInputs(const std::filesystem::path& path, const std::vector<const cha
   return inputs;
 }
 
-// The loaded model and what its calls have taken.
-struct Session {
+// The model, ready to run, and what its calls have taken.
+struct LoadedModel {
   std::unique_ptr<Layer> model;
   Inputs inputs;
   std::unique_ptr<GraphRunner> runner;
@@ -81,7 +82,8 @@ jit::CompileOptions CompileOptionsOf(const Command& command) {
   jit::CompileOptions options;
   options.winograd = jit::ParseWinograd(command.winograd);
   options.tune = command.tune;
-  options.release_weights = true;  // the model is compiled once
+  // The model is compiled once; checking reads the weights.
+  options.release_weights = !jit::CheckRequested();
   return options;
 }
 
@@ -97,88 +99,88 @@ std::string ClassOf(const std::filesystem::path& folder) {
   return "UNet2DConditionModel";
 }
 
-Session Open(const Command& command) {
-  Session session;
+LoadedModel Open(const Command& command) {
+  LoadedModel loaded;
   const Backend backend = ParseBackend(command.backend);
   const std::string type = ClassOf(command.model);
   ComputationGraph graph;
   auto load = [&](auto loader) {
     decltype(loader(command.model)) model;
-    session.load_seconds = TimeCall([&] { model = loader(command.model); }).wall;
+    loaded.load_seconds = TimeCall([&] { model = loader(command.model); }).wall;
     model->SetTrainingMode(false);
     auto* result = model.get();
-    session.model = std::move(model);
+    loaded.model = std::move(model);
     return result;
   };
   auto input = [&] {
-    return graph.Input(session.inputs.declared[0].name, session.inputs.declared[0].type);
+    return graph.Input(loaded.inputs.declared[0].name, loaded.inputs.declared[0].type);
   };
   if (type == "AutoencoderKL") {
-    session.inputs = ReadInputs(command.inputs, {"latents"}, 0);
+    loaded.inputs = ReadInputs(command.inputs, {"latents"}, 0);
     graph.Output("out", load(LoadAutoencoderKL)->Decode(input()));
   } else if (type == "CLIPTextModel") {
-    session.inputs = ReadInputs(command.inputs, {"input_ids"}, 0);
+    loaded.inputs = ReadInputs(command.inputs, {"input_ids"}, 0);
     graph.Output("out", load(LoadCLIPTextModel)->Call(input()));
   } else {
-    session.inputs =
+    loaded.inputs =
         ReadInputs(command.inputs,
                    {"sample", "timestep", "encoder_hidden_states", "encoder_attention_mask"}, 1);
-    graph = load(LoadUNet)->Export(session.inputs.declared);
+    graph = load(LoadUNet)->Export(loaded.inputs.declared);
   }
-  session.flop = CountFlop(graph);
-  session.runner =
+  loaded.flop = CountFlop(graph);
+  loaded.runner =
       std::make_unique<GraphRunner>(std::move(graph), backend, CompileOptionsOf(command));
-  return session;
+  return loaded;
 }
 
-Json Summary(const Command& command, const Session& session) {
-  double median = Median(session.ms);
+Json Summary(const Command& command, const LoadedModel& loaded) {
+  double median = Median(loaded.ms);
   return {{"backend", command.backend},
           {"winograd", command.winograd},
           {"threads", Threads()},
-          {"load_seconds", session.load_seconds},
-          {"compile_seconds", session.runner->compile_seconds()},
-          {"calls", session.ms.size()},
+          {"load_seconds", loaded.load_seconds},
+          {"compile_seconds", loaded.runner->compile_seconds()},
+          {"calls", loaded.ms.size()},
           {"median_ms", median},
-          {"fastest_ms", *std::min_element(session.ms.begin(), session.ms.end())},
-          {"median_cpu_ms", Median(session.cpu_ms)},
-          {"flop", session.flop},
-          {"gflops", 1e-6 * session.flop / median},
+          {"fastest_ms", *std::min_element(loaded.ms.begin(), loaded.ms.end())},
+          {"median_cpu_ms", Median(loaded.cpu_ms)},
+          {"flop", loaded.flop},
+          {"gflops", 1e-6 * loaded.flop / median},
           {"peak_memory_bytes", PeakMemoryBytes()}};
 }
 
 // Answers the lines of standard input, each with one line: "run S" makes calls for S seconds (one
 // at least) and gives their times. Between commands the process sleeps, so that a benchmark can
 // keep several programs loaded and run them in turn.
-void Serve(const Command& command, Session& session) {
+void Serve(const Command& command, LoadedModel& loaded) {
   auto say = [](const Json& json) {
     fmt::print("{}\n", json.dump());
     std::fflush(stdout);
   };
-  say(Summary(command, session));
+  say(Summary(command, loaded));
   for (std::string line; std::getline(std::cin, line);) {
     double seconds = -1;
     if (std::sscanf(line.c_str(), "run %lf", &seconds) != 1 || seconds < 0)
       Fail("unet --on-demand: the command \"{}\" is unknown; there is: run SECONDS", line);
-    session.ms.clear();
-    session.cpu_ms.clear();
-    for (double spent = 0; session.ms.empty() || spent < seconds; spent += 1e-3 * session.ms.back())
-      session.Call();
-    say({{"ms", session.ms}, {"cpu_ms", session.cpu_ms}, {"peak_memory_bytes", PeakMemoryBytes()}});
+    loaded.ms.clear();
+    loaded.cpu_ms.clear();
+    for (double spent = 0; loaded.ms.empty() || spent < seconds; spent += 1e-3 * loaded.ms.back())
+      loaded.Call();
+    say({{"ms", loaded.ms}, {"cpu_ms", loaded.cpu_ms}, {"peak_memory_bytes", PeakMemoryBytes()}});
   }
 }
 
 void Run(const Command& command) {
-  Session session = Open(command);
-  for (int i = 0; i < command.repeat; ++i) session.Call();
-  WriteSafetensors(command.output, {{{"out", session.outputs[0]}}, {}});
-  Json summary = Summary(command, session);
+  LoadedModel loaded = Open(command);
+  for (int i = 0; i < command.repeat; ++i) loaded.Call();
+  WriteSafetensors(command.output, {{{"out", loaded.outputs[0]}}, {}});
+  Json summary = Summary(command, loaded);
   if (!command.json.empty()) WriteFile(command.json, summary.dump(1) + "\n");
-  if (command.on_demand) return Serve(command, session);
+  if (command.on_demand) return Serve(command, loaded);
   fmt::print(
       "load {:.3f} s, compile {:.3f} s, call {:.3f} ms (median of {}, {}; {:.3f} ms of CPU, "
       "{:.1f} GFLOP/s), peak memory {:.0f} MB\n",
-      session.load_seconds, session.runner->compile_seconds(), summary["median_ms"].get<double>(),
+      loaded.load_seconds, loaded.runner->compile_seconds(), summary["median_ms"].get<double>(),
       command.repeat, command.backend, summary["median_cpu_ms"].get<double>(),
       summary["gflops"].get<double>(), 1e-6 * static_cast<double>(PeakMemoryBytes()));
 }

@@ -7,6 +7,7 @@
 #include <filesystem>
 
 #include "core/parallel.h"
+#include "io/file.h"
 #include "models/clip_text_model.h"
 #include "models/unet_2d_condition.h"
 #include "pipelines/diffusion_model.h"
@@ -37,6 +38,12 @@ std::vector<std::string> Paths(std::span<const LoraTarget> targets) {
 
 constexpr size_t kGroupsShown = 12;  // of a kind of mismatch
 
+// A file's name for messages: as it is, if that is safe.
+std::string Shown(const std::string& name) {
+  const bool plain = std::ranges::all_of(name, [](char c) { return c > 0x20 && c < 0x7f; });
+  return plain ? name : Quoted(name);
+}
+
 // With `shapes` false only the names are compared.
 Match MatchLora(std::span<const LoraTarget> targets, const LoraNames& names, const LoraFile& lora,
                 bool shapes = true) {
@@ -47,7 +54,7 @@ Match MatchLora(std::span<const LoraTarget> targets, const LoraNames& names, con
   for (const auto& [name, module] : lora.modules) {
     std::optional<size_t> index = names.Find(name);
     if (!index) {
-      report.unmatched.push_back(name);
+      report.unmatched.push_back(Shown(name));
     } else if (shapes && !Fits(module, targets[*index].weight)) {
       report.wrong_shape.push_back(fmt::format("{}: down {}, up {}, the layer's weight {}", name,
                                                module.down.shape(), module.up.shape(),
@@ -60,7 +67,7 @@ Match MatchLora(std::span<const LoraTarget> targets, const LoraNames& names, con
     }
   }
   report.matched = static_cast<int64_t>(match.pairs.size());
-  report.unmatched.insert(report.unmatched.end(), lora.unknown.begin(), lora.unknown.end());
+  for (const std::string& name : lora.unknown) report.unmatched.push_back(Shown(name));
   return match;
 }
 

@@ -7,16 +7,19 @@
 
 #include "graph/functions.h"
 #include "layers/attention_modules.h"
+#include "pipelines/diffusion_model.h"
 #include "pipelines/graph_runner.h"
 #include "pipelines/lora_names.h"
 #include "tests/expect_error.h"
 #include "tests/lora_models.h"
+#include "tests/run_program.h"
 #include "tests/temp_folder.h"
 
 namespace calotype {
 namespace {
 
 using namespace test;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 
 // ---------------------------------------------------------------- golden files
@@ -445,6 +448,61 @@ TEST(LoraTest, FreshTerms) {
   config.targets.push_back("to_x");
   EXPECT_THAT(MessageOf<ValueError>([&] { AddLora(m.model(), config); }), HasSubstr("'to_x'"));
   EXPECT_TRUE(LoraParameters(m.model()).empty());
+}
+
+// ---------------------------------------------------------------- the program
+
+TEST(LoraTest, ProgramSaysWhatItLeavesOut) {
+  TempFolder folder;
+  const std::string model =
+      (std::filesystem::path(CALOTYPE_TEST_DATA) / "fixtures/stable_diffusion/model").string();
+  const std::string file = folder / "more.safetensors", out = folder / "x.png";
+  auto loaded = DiffusionModel::Load(model);
+  const int64_t layers = AddLora(LoraModelOf(*loaded), {.rank = 2});
+  SaveLora(file, CollectLora(LoraModelOf(*loaded)), LoraDialect::kPeft);
+  // Names and metadata do not reach the terminal as they are.
+  TensorFile more = ReadSafetensors(file);
+  more.tensors["unet.none\xc3\xa9.lora_A.weight"] = Tensor::Full({2, 8}, 1);
+  more.tensors["unet.none\xc3\xa9.lora_B.weight"] = Tensor::Full({8, 2}, 1);
+  more.metadata["note"] = std::string(119, 'n') + "\xc3\xa9 more";
+  WriteSafetensors(file, more);
+
+  auto run = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), {CALOTYPE_BIN_DIR "/calotype", "--threads", "1"});
+    return RunProgram(arguments);
+  };
+  ProgramResult info = run({"lora", "info", file, "--model", model, "--allow-unmatched"});
+  EXPECT_EQ(info.code, 0) << info.err;
+  EXPECT_THAT(info.err, HasSubstr("warning: "));  // about the model
+  EXPECT_THAT(info.out, AllOf(HasSubstr("    1 'unet.none\\xc3\\xa9'\n"),
+                              HasSubstr("nnn\\xc3...' (126 bytes)\n"),
+                              HasSubstr("no such layer (1):\n  'unet.none\\xc3\\xa9'\n")));
+  std::vector<std::string> sample{
+      "sample", "-m",        model,   "-p",     "the cat", "--steps", "1", "--guidance-scale",
+      "1",      "--backend", "eager", "--lora", file,      "--out",   out};
+  ProgramResult strict = run(sample);
+  EXPECT_EQ(strict.code, 3);
+  sample.push_back("--allow-unmatched");
+  ProgramResult drawn = run(sample);
+  EXPECT_EQ(drawn.code, 0) << drawn.err;
+  EXPECT_THAT(drawn.err,
+              AllOf(HasSubstr(fmt::format("warning: {}: {} of {} modules match\nno such layer (1):",
+                                          file, layers, layers + 1)),
+                    HasSubstr("'unet.none\\xc3\\xa9'")));
+
+  auto fails = [&](int code, const std::string& text, const std::vector<std::string>& arguments) {
+    ProgramResult result = run(arguments);
+    EXPECT_EQ(result.code, code) << result.err;
+    EXPECT_THAT(result.err, HasSubstr(text));
+  };
+  fails(2, "--allow-unmatched requires --model", {"lora", "info", file, "--allow-unmatched"});
+  for (const char* side : {"--width", "--height"})
+    fails(2, "excludes --side", {"sample", "-m", model, "-p", "x", "--side", "64", side, "64"});
+  // A model is not overwritten; what is wrong is said before anything is read.
+  WriteText(folder / "merged/model_index.json", "{}");
+  fails(3, "holds a model already",
+        {"lora", "merge", "--model", model, "--lora", "none", "--out", folder / "merged"});
+  EXPECT_EQ(ReadText(folder / "merged/model_index.json"), "{}");
 }
 
 }  // namespace
