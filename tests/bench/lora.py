@@ -2,9 +2,9 @@
 """Trains a LoRA with Calotype and checks that diffusers and PEFT load the file and compute the same.
 
 Never needed to build or test. In a throw-away environment:
-    python3 -m venv /tmp/lora
-    /tmp/lora/bin/pip install torch diffusers transformers peft safetensors
-    /tmp/lora/bin/python tests/bench/lora.py --calotype build/bin/calotype --model build/demo --data shapes
+    python3 -m venv lora-env
+    lora-env/bin/pip install torch diffusers transformers peft safetensors
+    lora-env/bin/python tests/bench/lora.py --calotype build/bin/calotype --model build/demo --data shapes
 
 --model is the folder of a trained model: one of our runs, or Stable Diffusion. The LoRA is trained for a few
 steps, with ranks and alpha that differ; diffusers then loads it into the model's U-Net (load_lora_adapter) and, if

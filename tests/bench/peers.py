@@ -3,9 +3,9 @@
 on one machine, on the same weights and inputs, and checks that all outputs agree.
 
 Never needed to build or test. In a throw-away environment:
-    python3 -m venv /tmp/peers
-    /tmp/peers/bin/pip install torch diffusers onnx onnxscript onnxruntime openvino
-    /tmp/peers/bin/python tests/bench/peers.py --calotype build/bin/calotype --models A,B --json peers.json
+    python3 -m venv peers-env
+    peers-env/bin/pip install torch diffusers onnx onnxscript onnxruntime openvino
+    peers-env/bin/python tests/bench/peers.py --calotype build/bin/calotype --models A,B --json peers.json
 "compile s" is that of the first start, "again" that of the last (with a compile cache, where there is one).
 Each program is a process of its own that sleeps while another one is timed; the large model C is held by one
 process at a time. Exported models stay in --folder, so that a second run starts sooner.

@@ -3,9 +3,9 @@
 diffusers and in Calotype, on the same files; largest differences, times and peak memory of both.
 
 Never needed to build or test. In a throw-away environment (12 GB of memory, 5 GB of disk):
-    python3 -m venv /tmp/sd
-    /tmp/sd/bin/pip install torch diffusers transformers pillow
-    /tmp/sd/bin/python tests/bench/stable_diffusion.py --calotype build/bin/calotype --folder /tmp/sd15 --json sd.json
+    python3 -m venv sd-env
+    sd-env/bin/pip install torch diffusers transformers pillow
+    sd-env/bin/python tests/bench/stable_diffusion.py --calotype build/bin/calotype --folder sd15 --json sd.json
 The folder is made in the first run. Each program is a process of its own; memory is the largest resident set.
 CPU seconds are those of all threads, which other programs on the machine disturb less than wall time.
 """
@@ -133,7 +133,7 @@ def run(command, cwd=None):
 
 def compare_part(folder, part, args):
     from safetensors.numpy import load_file
-    text, whole = run([sys.executable, __file__, "--worker", part, "--folder", folder, "--calls", str(args.calls),
+    text, whole = run([sys.executable, __file__, "--part", part, "--folder", folder, "--calls", str(args.calls),
                        "--threads", str(args.threads)])
     rows = [dict(what=part, who="diffusers" if part != "text_encoder" else "transformers",
                  **json.loads(text.splitlines()[-1]), peak_memory_bytes=whole["peak_memory_bytes"])]
@@ -158,7 +158,7 @@ def compare_part(folder, part, args):
 def compare_picture(folder, args):
     import numpy
     from PIL import Image
-    text, whole = run([sys.executable, __file__, "--worker", "picture", "--folder", folder, "--steps", str(args.steps),
+    text, whole = run([sys.executable, __file__, "--part", "picture", "--folder", folder, "--steps", str(args.steps),
                        "--guidance", str(args.guidance), "--side", str(args.side), "--seed", str(args.seed),
                        "--threads", str(args.threads)])
     rows = [dict(what="picture", who="diffusers", **json.loads(text.splitlines()[-1]),
@@ -196,22 +196,22 @@ def main():
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="[all processors]")
     parser.add_argument("--json", type=pathlib.Path, help="file for all figures")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.who = [who.strip() for who in args.who.split(";")]
-    if args.worker == "make":
+    if args.part == "make":
         make(args.folder)
         return make_inputs(args.folder)
-    if args.worker:
+    if args.part:
         import torch
         torch.set_num_threads(args.threads)
-        row = (torch_picture(args.folder, args) if args.worker == "picture"
-               else torch_part(args.folder, args.worker, args.calls))
+        row = (torch_picture(args.folder, args) if args.part == "picture"
+               else torch_part(args.folder, args.part, args.calls))
         row["peak_memory_bytes_self"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return print(json.dumps(row))
     args.folder.mkdir(parents=True, exist_ok=True)
     if not (args.folder / "model_index.json").exists():
-        run([sys.executable, __file__, "--worker", "make", "--folder", args.folder])
+        run([sys.executable, __file__, "--part", "make", "--folder", args.folder])
     rows = []
     for what in args.what.split(","):
         part = compare_picture(args.folder, args) if what == "picture" else compare_part(args.folder, what, args)
