@@ -256,10 +256,12 @@ std::map<std::string, Tensor> AutoencoderKL::CurrentNames(std::map<std::string, 
   for (std::string coder : {"encoder", "decoder"}) {
     for (auto [old_name, new_name] : kRenamed) {
       for (std::string suffix : {".weight", ".bias"}) {
-        std::string prefix = coder + ".mid_block.attentions.0.";
-        auto node = tensors.extract(prefix + std::string(old_name) + suffix);
+        auto key = [&](std::string_view name) {
+          return fmt::format("{}.mid_block.attentions.0.{}{}", coder, name, suffix);
+        };
+        auto node = tensors.extract(key(old_name));
         if (!node) continue;
-        node.key() = prefix + std::string(new_name) + suffix;
+        node.key() = key(new_name);
         auto result = tensors.insert(std::move(node));
         Check(result.inserted, "{}: tensor '{}' is there twice, also under its old name '{}'",
               kOwner, result.position->first, old_name);

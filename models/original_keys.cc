@@ -135,7 +135,7 @@ std::vector<Rule> OpenClipRules(const CLIPTextConfig& c) {
     for (std::string kind : {"weight", "bias"}) {
       for (std::string part : {"q", "k", "v"}) {
         rules.push_back({fmt::format("{}self_attn.{}_proj.{}", layer, part, kind),
-                         old + "attn.in_proj_" + kind});
+                         fmt::format("{}attn.in_proj_{}", old, kind)});
       }
     }
   }
