@@ -37,7 +37,12 @@ LoraTrainOptions ReadOptions(const fs::path& path) {
   LoraTrainOptions options;
   try {
     ordered_json document = ordered_json::parse(ReadFile(path, 1 << 20));
+    Check<FileError>(document.is_object(), "{}: not the options of a LoRA run", path.string());
     LoraTrainOptions::Visit(options, [&](const char* name, auto& field, const char*) {
+      Check<FileError>(document.contains(name),
+                       "{}: the field `{}` is missing; a run of an earlier version of the program "
+                       "cannot be continued",
+                       path.string(), name);
       document.at(name).get_to(field);
     });
   } catch (const nlohmann::json::exception& e) {
@@ -105,6 +110,11 @@ TrainResult TrainLora(LoraTrainOptions lora, TrainOptions options, const fs::pat
   auto warn = [&](const std::string& text) { message("warning: " + text); };
   Check(!options.model.empty(), "training: a LoRA needs a model to be trained on");
   Validate(options);
+  CheckChosen(options, chosen);
+  const fs::path file = LoraFileOf(folder, lora.format);
+  std::error_code ignored;  // a folder that cannot be looked into is an error where it is written
+  Check(resume || HoldsRun(folder) || !fs::exists(file, ignored),
+        "{} is there, and the run would overwrite it; choose another folder", file.string());
   auto data = OpenDataset(options, warn);
   auto model = MakeModel(options, *data, warn);
 
@@ -118,18 +128,20 @@ TrainResult TrainLora(LoraTrainOptions lora, TrainOptions options, const fs::pat
     if (config.text_encoder_targets.empty()) config.text_encoder_targets = config.targets;
   }
   int64_t terms = AddLora(target, config);
-  TrainTarget trained{.parameters = LoraParameters(target), .save = [&](const fs::path& run) {
-                        SaveLora(LoraFileOf(run, lora.format), CollectLora(target),
-                                 ParseLoraDialect(lora.format));
-                      }};
+  TrainTarget trained{
+      .parameters = LoraParameters(target),
+      .save =
+          [&](const fs::path& run) {
+            SaveLora(LoraFileOf(run, lora.format), CollectLora(target),
+                     ParseLoraDialect(lora.format));
+          },
+      .begin = [&](const fs::path& run) { WriteFile(run / kOptionsFile, ToJson(lora)); }};
   int64_t numbers = 0;
   for (const ParameterPtr& p : trained.parameters) numbers += p->value().elements();
   message(fmt::format("{} captions, {} terms of {} numbers beside {} parameters, {} steps of {}",
                       data->size(), terms, numbers, model->ParameterCount() - numbers,
                       options.max_train_steps, PicturesOfAStep(options)));
-  Trainer trainer(*model, *data, options, folder, resume, callbacks, trained);
-  if (!resume) WriteFile(folder / kOptionsFile, ToJson(lora));
-  return trainer.Run();
+  return Trainer(*model, *data, options, folder, resume, callbacks, trained).Run();
 }
 
 }  // namespace calotype

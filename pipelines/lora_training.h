@@ -49,7 +49,8 @@ std::filesystem::path LoraFileOf(const std::filesystem::path& folder, std::strin
 // LoRA options) and the LoRA file, written with each checkpoint and at the end. With `resume`, the
 // options of the run count; those given must be the same where `chosen` (names of LoraTrainOptions'
 // and TrainOptions' fields) has them, except for TrainOptions' resumable fields. Errors: ValueError
-// without a model; those of Trainer, MakeModel and AddLora.
+// without a model, for a LoRA file that would be overwritten and for chosen options without effect;
+// those of Trainer, MakeModel and AddLora.
 TrainResult TrainLora(LoraTrainOptions lora, TrainOptions options,
                       const std::filesystem::path& folder, bool resume = false,
                       const std::set<std::string>& chosen = {}, TrainCallbacks callbacks = {});

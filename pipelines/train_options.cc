@@ -1,5 +1,7 @@
 #include "pipelines/train_options.h"
 
+#include <algorithm>
+#include <array>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <variant>
@@ -21,40 +23,48 @@ void OneOf(std::string_view field, const std::string& value,
   Fail("training: {} is `{}`, must be one of {}", field, value, list);
 }
 
-// Errors: ValueError for a field that is not as by default although nothing reads it.
-void CheckEffect(const TrainOptions& o) {
-  const TrainOptions defaults;
-  auto check = [](const char* field, bool changed, bool has_effect, const char* with) {
-    Check(!changed || has_effect, "training: {} has no effect without {}", field, with);
+ordered_json DocumentOf(const TrainOptions& options) {
+  ordered_json document;
+  TrainOptions::Visit(options, [&](const char* name, const auto& field, const char*, bool) {
+    document[name] = field;
+  });
+  return document;
+}
+
+constexpr std::array<std::string_view, 7> kOfTheModel{"unet",
+                                                      "vae",
+                                                      "caption_tokens",
+                                                      "caption_layers",
+                                                      "prediction_type",
+                                                      "beta_schedule",
+                                                      "num_train_timesteps"};
+
+// Errors: ValueError for a field that is `chosen` or not as by default although nothing reads it.
+void CheckEffect(const TrainOptions& o, const std::set<std::string>& chosen) {
+  const ordered_json values = DocumentOf(o), defaults = DocumentOf(TrainOptions());
+  auto set = [&](const std::string& field) {
+    return chosen.count(field) > 0 || values.at(field) != defaults.at(field);
   };
-  check("cache_latents", o.cache_latents, !o.model.empty() || !o.vae.empty(), "model or vae");
-  auto given = [&](const char* field, bool changed) {
-    Check(!changed || o.model.empty(), "training: {} has no effect on the model in {}", field,
-          o.model);
+  auto check = [&](const char* field, bool has_effect, const char* with) {
+    Check(has_effect || !set(field), "training: {} has no effect without {}", field, with);
   };
-  given("unet", o.unet != defaults.unet);
-  given("vae", o.vae != defaults.vae);
-  given("caption_tokens", o.caption_tokens != defaults.caption_tokens);
-  given("caption_layers", o.caption_layers != defaults.caption_layers);
-  given("prediction_type", o.prediction_type != defaults.prediction_type);
-  given("beta_schedule", o.beta_schedule != defaults.beta_schedule);
-  given("num_train_timesteps", o.num_train_timesteps != defaults.num_train_timesteps);
-  check("lr_num_cycles", o.lr_num_cycles != defaults.lr_num_cycles,
-        o.lr_scheduler == "cosine_with_restarts", "lr_scheduler cosine_with_restarts");
-  check("lr_power", o.lr_power != defaults.lr_power, o.lr_scheduler == "polynomial",
-        "lr_scheduler polynomial");
-  check("lr_step_rules", !o.lr_step_rules.empty(), o.lr_scheduler == "piecewise_constant",
-        "lr_scheduler piecewise_constant");
-  check("ema_update_after_step", o.ema_update_after_step != 0, o.ema_decay > 0, "ema_decay");
-  check("use_ema_warmup", o.use_ema_warmup, o.ema_decay > 0, "ema_decay");
-  check("ema_inv_gamma", o.ema_inv_gamma != defaults.ema_inv_gamma, o.use_ema_warmup,
-        "use_ema_warmup");
-  check("ema_power", o.ema_power != defaults.ema_power, o.use_ema_warmup, "use_ema_warmup");
-  check("prior_loss_weight", o.prior_loss_weight != defaults.prior_loss_weight,
-        !o.class_data.empty(), "class_data");
+  for (std::string_view field : kOfTheModel) {
+    Check(o.model.empty() || !set(std::string(field)),
+          "training: {} has no effect on the model in {}", field, o.model);
+  }
+  check("cache_latents", !o.model.empty() || !o.vae.empty(), "model or vae");
+  check("lr_num_cycles", o.lr_scheduler == "cosine_with_restarts",
+        "lr_scheduler cosine_with_restarts");
+  check("lr_power", o.lr_scheduler == "polynomial", "lr_scheduler polynomial");
+  check("lr_step_rules", o.lr_scheduler == "piecewise_constant", "lr_scheduler piecewise_constant");
+  check("ema_update_after_step", o.ema_decay > 0, "ema_decay");
+  check("use_ema_warmup", o.ema_decay > 0, "ema_decay");
+  check("ema_inv_gamma", o.use_ema_warmup, "use_ema_warmup");
+  check("ema_power", o.use_ema_warmup, "use_ema_warmup");
+  check("prior_loss_weight", !o.class_data.empty(), "class_data");
   const bool folder = o.data != "shapes" || (!o.class_data.empty() && o.class_data != "shapes");
-  check("center_crop", o.center_crop, folder, "a folder of pictures");
-  check("random_flip", o.random_flip, folder, "a folder of pictures");
+  check("center_crop", folder, "a folder of pictures");
+  check("random_flip", folder, "a folder of pictures");
 }
 
 }  // namespace
@@ -106,7 +116,27 @@ void Validate(const TrainOptions& o) {
   in_range("sample_steps", static_cast<double>(o.sample_steps), 0, 1e9);
   Check(o.snr_gamma == 0 || o.prediction_type != "sample",
         "training: snr_gamma is for prediction_type epsilon and v_prediction, not sample");
-  CheckEffect(o);
+  CheckEffect(o, {});
+}
+
+void CheckChosen(const TrainOptions& o, const std::set<std::string>& chosen) {
+  CheckEffect(o, chosen);
+  // What may stay as it is in options that were made by a program has no effect if a person asks.
+  const std::string optimizer = "optimizer " + o.optimizer;
+  const bool sgd = o.optimizer == "sgd";
+  auto check = [&](const char* field, bool has_effect, const std::string& because) {
+    Check(has_effect || chosen.count(field) == 0, "training: {} has no effect with {}", field,
+          because);
+  };
+  check("momentum", sgd, optimizer);
+  for (const char* field : {"adam_beta1", "adam_beta2", "adam_epsilon"})
+    check(field, !sgd, optimizer);
+  check("validation_steps", o.validation_fraction > 0, "validation_fraction 0");
+  check("validation_prompt", o.sample_steps > 0, "sample_steps 0");
+}
+
+bool DecidedByTheModel(std::string_view field) {
+  return std::ranges::find(kOfTheModel, field) != kOfTheModel.end();
 }
 
 int64_t PicturesOfAStep(const TrainOptions& o) {
@@ -138,21 +168,20 @@ TrainOptions MergeForResume(const TrainOptions& stored, const TrainOptions& give
   return merged;
 }
 
-std::string ToJson(const TrainOptions& options) {
-  ordered_json document;
-  TrainOptions::Visit(options, [&](const char* name, const auto& field, const char*, bool) {
-    document[name] = field;
-  });
-  return document.dump(2) + "\n";
-}
+std::string ToJson(const TrainOptions& options) { return DocumentOf(options).dump(2) + "\n"; }
 
 TrainOptions ParseTrainOptions(std::string_view text, const std::filesystem::path& path) {
   TrainOptions options;
   try {
     ordered_json document = ordered_json::parse(text);
+    Check<FileError>(document.is_object(), "{}: not a training options file", path.string());
     std::set<std::string> known;
     TrainOptions::Visit(options, [&](const char* name, auto& field, const char*, bool) {
       known.insert(name);
+      Check<FileError>(document.contains(name),
+                       "{}: the field `{}` is missing; a run of an earlier version of the program "
+                       "cannot be continued",
+                       path.string(), name);
       document.at(name).get_to(field);
     });
     for (const auto& [name, value] : document.items()) {

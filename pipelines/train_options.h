@@ -180,6 +180,11 @@ double PeakLearningRate(const TrainOptions& options);
 // Errors: ValueError naming the field, its value and what is allowed; also for a field that differs
 // from its default although the others leave it without effect.
 void Validate(const TrainOptions& options);
+// The same for fields that a person named, whatever their value: `chosen` names them. Errors:
+// ValueError naming a field without effect.
+void CheckChosen(const TrainOptions& options, const std::set<std::string>& chosen);
+// True if a given model decides the field of that name, so that it can only be set for a new one.
+bool DecidedByTheModel(std::string_view field);
 // The text of a train.json, and back. Errors: FileError naming the file and an unknown, missing or
 // wrong field.
 std::string ToJson(const TrainOptions& options);

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <chrono>
 #include <cmath>
@@ -22,6 +23,7 @@
 #include "io/png.h"
 #include "optim/parameter_values.h"
 #include "pipelines/model_graphs.h"
+#include "pipelines/rows.h"
 #include "pipelines/training_graph.h"
 #include "pipelines/training_setup.h"
 
@@ -137,10 +139,23 @@ std::unique_ptr<LatentDataset> LatentsOf(DiffusionModel& model, const Dataset& d
   return std::make_unique<LatentDataset>(data, model, ParseBackend(o.backend), o.cache_latents);
 }
 
-Tensor CaptionText(DiffusionModel& model, const Dataset& data, bool embed, Backend backend) {
+// What the captions of `data`, which is called `name`, are to the model. Words that it does not
+// know and captions that it does not read to the end are one warning.
+Tensor CaptionText(DiffusionModel& model, const Dataset& data, const std::string& name, bool embed,
+                   Backend backend, const TrainCallbacks& callbacks) {
+  constexpr size_t kShown = 3;
   std::vector<std::string> captions = Captions(data);
   captions.push_back("");  // the row that a dropped caption takes
-  Tensor tokens = model.Tokens(captions, {});
+  std::vector<std::string> shown;
+  size_t warnings = 0;
+  Tensor tokens = model.Tokens(captions, [&](const std::string& text) {
+    if (++warnings <= kShown) shown.push_back(text);
+  });
+  if (warnings > 0 && callbacks.message) {
+    callbacks.message(fmt::format("warning: {} remark{} on the captions of {}: {}{}", warnings,
+                                  warnings == 1 ? "" : "s", name, fmt::join(shown, "; "),
+                                  warnings > kShown ? "; ..." : ""));
+  }
   return embed ? EmbedTokens(model, tokens, backend) : tokens;
 }
 
@@ -160,27 +175,6 @@ std::vector<Tensor> InputsOf(const Batch& batch) {
   return inputs;
 }
 
-// The rows of a, then those of b.
-Tensor JoinRows(const Tensor& a, const Tensor& b) {
-  Check<ShapeError>(a.shape() == b.shape() && a.dtype() == b.dtype(),
-                    "training: a batch of the data has shape {}, one of the class_data {}",
-                    a.shape(), b.shape());
-  Tensor both(a.shape().With(0, 2 * a.shape()[0]), a.dtype());
-  std::memcpy(both.raw(), a.raw(), static_cast<size_t>(a.bytes()));
-  std::memcpy(static_cast<char*>(both.raw()) + a.bytes(), b.raw(), static_cast<size_t>(b.bytes()));
-  return both;
-}
-
-std::unique_ptr<Dataset> ClassDataOf(TrainOptions o, const DiffusionModel& model,
-                                     const TrainCallbacks& callbacks) {
-  if (o.class_data.empty()) return nullptr;
-  o.data = o.class_data;
-  if (o.resolution == 0 && o.data != "shapes") o.resolution = model.side();
-  return OpenDataset(o, [&](const std::string& text) {
-    if (callbacks.message) callbacks.message("warning: " + text);
-  });
-}
-
 }  // namespace
 
 bool HoldsRun(const fs::path& folder) {
@@ -195,16 +189,18 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
       options_((calotype::Validate(options), options)),
       folder_(std::move(folder)),
       callbacks_(std::move(callbacks)),
-      target_{TrainedParameters(model, target), std::move(target.save)},
+      target_{TrainedParameters(model, target), std::move(target.save), std::move(target.begin)},
       backend_(ParseBackend(options.backend)),
       schedule_(model.scheduler()),
-      class_data_(ClassDataOf(options, model, callbacks_)),
+      class_data_(OpenClassDataset(
+          options, data, [this](const std::string& text) { Message("warning: " + text); })),
       inputs_{
           .side = data.side() / model.factor(),
           .embeddings = EmbedsBefore(model, data, target_.parameters) &&
                         (!class_data_ || EmbedsBefore(model, *class_data_, target_.parameters))},
       latents_(LatentsOf(model, data, options)),
-      batches_(latents_ ? *latents_ : data, CaptionText(model, data, inputs_.embeddings, backend_),
+      batches_(latents_ ? *latents_ : data,
+               CaptionText(model, data, options.data, inputs_.embeddings, backend_, callbacks_),
                BatchOptions(options, schedule_)),
       rate_(RateOf(options)) {
   // A bad schedule or prompt is an error before the folder is made, not in the middle of the run.
@@ -217,9 +213,11 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
     BatchSource::Options batches = BatchOptions(options, schedule_);
     batches.validation_fraction = 0;
     batches.seed = ~batches.seed;  // other noise than that of the data
-    class_batches_ = std::make_unique<BatchSource>(
-        class_latents_ ? *class_latents_ : *class_data_,
-        CaptionText(model, *class_data_, inputs_.embeddings, backend_), batches);
+    class_batches_ =
+        std::make_unique<BatchSource>(class_latents_ ? *class_latents_ : *class_data_,
+                                      CaptionText(model, *class_data_, options_.class_data,
+                                                  inputs_.embeddings, backend_, callbacks_),
+                                      batches);
   }
   if (options_.sample_steps > 0) {
     model_.Tokens(std::vector{options_.validation_prompt},
@@ -236,8 +234,13 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
     Check(!HoldsRun(folder_),
           "{} already holds a run; continue it with --resume, or choose another folder",
           folder_.string());
+    std::error_code ignored;  // as for HoldsRun
+    Check(target_.save || !fs::exists(folder_ / "model_index.json", ignored),
+          "{} holds a model, which the run would overwrite; choose another folder",
+          folder_.string());
     MakeFolder(folder_ / "checkpoints");
     lock_ = LockFolder(folder_);
+    if (target_.begin) target_.begin(folder_);
     WriteFile(folder_ / "train.json", ToJson(options_));
   }
   OpenMetrics();
@@ -361,7 +364,8 @@ std::vector<Tensor> Trainer::NextBatch() {
   std::vector<Tensor> inputs = InputsOf(batches_.Next());
   if (!class_batches_) return inputs;
   std::vector<Tensor> of_class = InputsOf(class_batches_->Next());
-  for (size_t i = 0; i < inputs.size(); ++i) inputs[i] = JoinRows(inputs[i], of_class[i]);
+  for (size_t i = 0; i < inputs.size(); ++i)
+    inputs[i] = StackRows(std::array{inputs[i], of_class[i]});
   return inputs;
 }
 

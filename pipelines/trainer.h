@@ -59,6 +59,9 @@ struct TrainTarget {
   std::vector<ParameterPtr> parameters;
   // Writes the result, called while the parameters hold their averages. Undefined: model.Save.
   std::function<void(const std::filesystem::path& folder)> save;
+  // Writes what else a continuation needs into the folder of a new run, before train.json makes it
+  // a run. May be undefined.
+  std::function<void(const std::filesystem::path& folder)> begin = {};
 };
 
 struct TrainResult {
@@ -74,7 +77,8 @@ bool HoldsRun(const std::filesystem::path& folder);
 class Trainer {
  public:
   // Starts a run in `folder`, which is made. Keeps references to model and data. Errors: ValueError
-  // for options, or if the folder already holds a run and `resume` is false.
+  // for options, or if `resume` is false and the folder already holds a run, or a model that the
+  // run would overwrite.
   // With `resume`, continues from the newest whole checkpoint; FileError if there is none,
   // ValueError if an option differs from the run's that may not change.
   Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions& options,

@@ -66,6 +66,15 @@ std::unique_ptr<Dataset> OpenDataset(const TrainOptions& options, const WarningC
                                        warn);
 }
 
+std::unique_ptr<Dataset> OpenClassDataset(const TrainOptions& options, const Dataset& data,
+                                          const WarningCallback& warn) {
+  if (options.class_data.empty()) return nullptr;
+  TrainOptions of_class = options;
+  of_class.data = options.class_data;
+  if (options.resolution == 0 && options.class_data != "shapes") of_class.resolution = data.side();
+  return OpenDataset(of_class, warn);
+}
+
 std::vector<std::string> Captions(const Dataset& data) {
   std::vector<std::string> captions;
   for (int64_t i = 0; i < data.size(); ++i) {
@@ -107,6 +116,10 @@ std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dat
           options.unet, unet.in_channels);
   }
   std::vector<std::string> captions = Captions(data);
+  // Only its captions count here: the Trainer opens it again and reports what is wrong with it.
+  if (auto class_data = OpenClassDataset(options, data, {})) {
+    for (std::string& caption : Captions(*class_data)) captions.push_back(std::move(caption));
+  }
   CaptionEncoderConfig encoder;
   encoder.vocabulary = CaptionTokenizer::BuildVocabulary(captions);
   encoder.max_length =

@@ -16,9 +16,13 @@ namespace calotype {
 UNet2DConditionConfig UNetOf(const std::string& name);
 // The data set that options.data names. Errors: those of the data sets.
 std::unique_ptr<Dataset> OpenDataset(const TrainOptions& options, const WarningCallback& warn);
+// The data set that options.class_data names, its pictures as large as those of `data` unless
+// options.resolution says otherwise; nullptr if it names none.
+std::unique_ptr<Dataset> OpenClassDataset(const TrainOptions& options, const Dataset& data,
+                                          const WarningCallback& warn);
 // The model that options.model names, or one with random weights as the options say, its vocabulary
-// made from the data set's captions. An autoencoder and CLIP are frozen: their parameters are not
-// trainable. Errors: those of DiffusionModel::Load and its constructor.
+// made from the captions of the data set and of class_data. An autoencoder and CLIP are frozen:
+// their parameters are not trainable. Errors: those of DiffusionModel::Load and its constructor.
 std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dataset& data,
                                           const WarningCallback& warn = {});
 

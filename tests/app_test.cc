@@ -135,13 +135,13 @@ TEST_F(AppTest, WrongUsageIsCode2) {
               HasSubstr("lion"));
   // Options that would change nothing.
   EXPECT_THAT(message(Train("run", {"--momentum", "0.5"})),
-              AllOf(HasSubstr("--momentum"), HasSubstr("--optimizer adamw")));
+              AllOf(HasSubstr("momentum has no effect"), HasSubstr("optimizer adamw")));
   EXPECT_THAT(message(Train("run", {"--optimizer", "sgd", "--adam-beta1", "0.5"})),
-              HasSubstr("--adam-beta1"));
+              HasSubstr("adam_beta1 has no effect"));
   EXPECT_THAT(message(Train("run", {"--validation-prompt", "a red circle"})),
-              HasSubstr("--sample-steps 0"));
+              HasSubstr("validation_prompt has no effect with sample_steps 0"));
   EXPECT_THAT(message(Train("run", {"--validation-fraction", "0", "--validation-steps", "2"})),
-              HasSubstr("--validation-steps"));
+              HasSubstr("validation_steps has no effect"));
   EXPECT_FALSE(fs::exists(folder_ / "run"));
 }
 

@@ -206,6 +206,36 @@ TEST(LoraTrainingTest, WrongOptions) {
   EXPECT_THAT(error({.text_encoder_targets = "to_q"}), HasSubstr("no effect"));
   EXPECT_THAT(error({.format = "processor"}), HasSubstr("read only"));
   EXPECT_FALSE(std::filesystem::exists(folder / "run"));
+  auto chosen = [&](const std::set<std::string>& names) {
+    return MessageOf<ValueError>([&] { TrainLora({}, options, folder / "run", false, names); });
+  };
+  EXPECT_THAT(chosen({"momentum"}), HasSubstr("momentum has no effect with optimizer adamw"));
+  EXPECT_THAT(chosen({"validation_prompt"}), HasSubstr("sample_steps 0"));
+  EXPECT_FALSE(std::filesystem::exists(folder / "run"));
+}
+
+TEST(LoraTrainingTest, FoldersWithOtherFiles) {
+  test::TempFolder folder;
+  WriteModel(folder);
+  TrainOptions options = TrainingOptions();
+  options.model = (folder / "model").string();
+  options.max_train_steps = 1;
+  // A LoRA is not overwritten.
+  test::WriteText(folder / "has/pytorch_lora_weights.safetensors", "a LoRA");
+  EXPECT_THAT(MessageOf<ValueError>([&] { TrainLora({}, options, folder / "has"); }),
+              HasSubstr("pytorch_lora_weights.safetensors is there"));
+  EXPECT_EQ(test::ReadText(folder / "has/pytorch_lora_weights.safetensors"), "a LoRA");
+  // lora.json without train.json: killed as it began. It begins again.
+  test::WriteText(folder / "killed/lora.json", "{}");
+  TrainLora({.rank = 2}, options, folder / "killed");
+  EXPECT_THAT(test::ReadText(folder / "killed/lora.json"), HasSubstr("\"rank\": 2"));
+  // Beside a model nothing of it is overwritten.
+  TrainLora({}, options, folder / "model");
+  EXPECT_EQ(DiffusionModel::Load(folder / "model")->side(), 16);
+  // Of an earlier version.
+  test::WriteText(folder / "killed/lora.json", "{\"rank\": 2}");
+  EXPECT_THAT(MessageOf<FileError>([&] { TrainLora({}, {}, folder / "killed", true); }),
+              HasSubstr("lora.json: the field `alpha` is missing"));
 }
 
 // ---------------------------------------------------------------- Custom Diffusion
@@ -322,6 +352,9 @@ TEST(LoraAppTest, TrainsConvertsMergesAndSamples) {
   fails(2, "requires --lora", {"sample", "--model", model, "--prompt", "a", "--allow-unmatched"});
   fails(2, "is no number", {"sample", "--model", model, "--prompt", "a", "--lora", lora + ":much"});
   fails(2, "unknown", {"train", "lora", "--unet", "toy16", "--out", folder / "y"});
+  fails(2, "momentum has no effect",
+        {"train", "lora", "--model", model, "--momentum", "0.5", "--min-snr-gamma", "5", "--out",
+         folder / "y"});
 }
 
 }  // namespace

@@ -14,12 +14,14 @@
 #include "graph/functions.h"
 #include "graph/interpreter.h"
 #include "io/checkpoint.h"
+#include "io/image_folder.h"
 #include "io/png.h"
 #include "io/safetensors.h"
 #include "io/shapes.h"
 #include "pipelines/training_graph.h"
 #include "pipelines/training_setup.h"
 #include "tests/expect_error.h"
+#include "tests/random_image.h"
 #include "tests/run_program.h"
 #include "tests/trainer_fixture.h"
 
@@ -30,7 +32,9 @@ namespace fs = std::filesystem;
 using test::Losses;
 using test::ReadText;
 using test::TrainerTest;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 TEST_F(TrainerTest, TheLossFalls) {
   options_.max_train_steps = 100;
@@ -148,6 +152,94 @@ TEST_F(TrainerTest, ContinuingWithOtherOptionsIsAnError) {
 TEST_F(TrainerTest, AFolderWithARunIsNotOverwritten) {
   Train("run");
   EXPECT_THAT(MessageOf<ValueError>([&] { Train("run"); }), HasSubstr("--resume"));
+}
+
+TEST_F(TrainerTest, AFolderWithAModelIsNotOverwritten) {
+  options_.max_train_steps = 2;
+  Train("model");
+  fs::remove(Folder("model") / "train.json");  // a model, not a run
+  fs::remove_all(Folder("model") / "checkpoints");
+  std::string before = Weights("model");
+  options_.seed = 1;
+  EXPECT_THAT(MessageOf<ValueError>([&] { Train("model"); }), HasSubstr("holds a model"));
+  EXPECT_EQ(Weights("model"), before);
+  EXPECT_FALSE(fs::exists(Folder("model") / "checkpoints"));
+}
+
+// What a continuation needs is there before the folder is a run, so a kill in between leaves
+// nothing that can neither be continued nor begun again.
+TEST_F(TrainerTest, ARunBeginsWithTrainJson) {
+  auto data = OpenDataset(options_, {});
+  auto model = MakeModel(options_, *data);
+  TrainTarget target;
+  target.begin = [&](const fs::path& folder) {
+    EXPECT_TRUE(fs::is_directory(folder));
+    EXPECT_FALSE(HoldsRun(folder));
+    Fail("killed here");
+  };
+  auto start = [&] { Trainer(*model, *data, options_, Folder("run"), false, {}, target); };
+  EXPECT_THAT(MessageOf<ValueError>(start), HasSubstr("killed here"));
+  EXPECT_FALSE(HoldsRun(Folder("run")));
+  target.begin = {};
+  start();
+  EXPECT_TRUE(HoldsRun(Folder("run")));
+}
+
+// Writes a folder of pictures with these captions.
+void WritePictures(const fs::path& folder, const std::vector<std::string>& captions) {
+  std::string lines;
+  for (const std::string& caption : captions)
+    lines += ImageFolderLine(fmt::format("{}.png", &caption - captions.data()), caption);
+  test::WriteText(folder / "metadata.jsonl", lines);
+  Random random(1);
+  for (size_t i = 0; i < captions.size(); ++i)
+    WritePng(folder / fmt::format("{}.png", i), test::RandomImage(16, 16, random));
+}
+
+TEST_F(TrainerTest, CaptionsThatTheModelDoesNotKnowAreOneWarning) {
+  options_.max_train_steps = 2;
+  Train("base");
+  WritePictures(folder_ / "data", {"a mauve circle", "a small zebra in a large tree", "a circle",
+                                   "a pink and lilac square"});
+  options_.model = Folder("base");
+  options_.unet = TrainOptions().unet;
+  options_.validation_fraction = 0;
+  auto warnings = [&](const std::string& run) {
+    std::vector<std::string> texts;
+    TrainCallbacks callbacks{.progress = {},
+                             .message =
+                                 [&](const std::string& text) {
+                                   if (text.starts_with("warning")) texts.push_back(text);
+                                 },
+                             .cancelled = {}};
+    auto data = OpenDataset(options_, {});
+    Trainer(*MakeModel(options_, *data), *data, options_, Folder(run), false, callbacks);
+    return texts;
+  };
+  options_.data = folder_ / "data";
+  std::vector<std::string> own = warnings("own");
+  ASSERT_EQ(own.size(), 1u);  // mauve, zebra, in, tree, pink, and, lilac
+  EXPECT_THAT(own[0], AllOf(HasSubstr("7 remarks on the captions of " + options_.data),
+                            HasSubstr("\"mauve\""), HasSubstr("; ..."), Not(HasSubstr("lilac"))));
+  options_.class_data = options_.data;
+  options_.data = "shapes";
+  std::vector<std::string> of_class = warnings("class");
+  ASSERT_EQ(of_class.size(), 1u);
+  EXPECT_EQ(of_class[0], own[0]);
+}
+
+TEST_F(TrainerTest, ANewModelKnowsTheWordsOfTheClassData) {
+  WritePictures(folder_ / "class", {"a mauve zebra in a very large tree beside a pond"});
+  auto data = OpenDataset(options_, {});
+  int64_t words = MakeModel(options_, *data)->caption_tokens();
+  EXPECT_EQ(words, 8);
+  options_.class_data = folder_ / "class";
+  auto model = MakeModel(options_, *data);
+  EXPECT_EQ(model->caption_tokens(), 11);
+  std::vector<std::string> warnings;
+  model->Tokens(std::vector<std::string>{"a mauve zebra", "a small red circle"},
+                [&](const std::string& text) { warnings.push_back(text); });
+  EXPECT_EQ(warnings, std::vector<std::string>{});
 }
 
 TEST_F(TrainerTest, TwoRunsInOneFolderAreAnError) {
@@ -471,6 +563,41 @@ TEST(TrainRecipeTest, OptionsWithoutEffectAreErrors) {
   EXPECT_THAT(message([](TrainOptions& o) { o.random_flip = true; }), HasSubstr("folder"));
   EXPECT_THAT(message([](TrainOptions& o) { o.snr_gamma = 5, o.prediction_type = "sample"; }),
               HasSubstr("snr_gamma"));
+}
+
+TEST(TrainRecipeTest, ChosenOptionsWithoutEffectAreErrors) {
+  auto message = [](const std::set<std::string>& chosen, auto&& change) {
+    TrainOptions options;
+    change(options);
+    Validate(options);
+    return MessageOf<ValueError>([&] { CheckChosen(options, chosen); });
+  };
+  auto nothing = [](TrainOptions&) {};
+  auto sgd = [](TrainOptions& o) { o.optimizer = "sgd"; };
+  EXPECT_THAT(message({"momentum"}, nothing), HasSubstr("momentum has no effect with optimizer"));
+  EXPECT_THAT(message({"adam_beta2"}, sgd), HasSubstr("adam_beta2 has no effect with optimizer"));
+  EXPECT_THAT(message({"validation_steps"}, [](TrainOptions& o) { o.validation_fraction = 0; }),
+              HasSubstr("validation_fraction 0"));
+  EXPECT_THAT(message({"validation_prompt"}, [](TrainOptions& o) { o.sample_steps = 0; }),
+              HasSubstr("sample_steps 0"));
+  // Also where the value is the default.
+  EXPECT_THAT(message({"lr_power"}, nothing), HasSubstr("polynomial"));
+  EXPECT_THAT(message({"unet"}, [](TrainOptions& o) { o.model = "there"; }),
+              HasSubstr("unet has no effect on the model in there"));
+  TrainOptions options;
+  CheckChosen(options, {"unet", "adam_beta1", "validation_steps", "validation_prompt", "rank"});
+  options.optimizer = "sgd";
+  CheckChosen(options, {"momentum"});
+}
+
+TEST(TrainRecipeTest, OptionsOfAnEarlierVersionAreNamed) {
+  auto document = nlohmann::ordered_json::parse(ToJson(TrainOptions()));
+  document.erase("noise_offset");
+  EXPECT_THAT(MessageOf<FileError>([&] { ParseTrainOptions(document.dump(), "run/train.json"); }),
+              AllOf(HasSubstr("run/train.json: the field `noise_offset` is missing"),
+                    HasSubstr("earlier version")));
+  EXPECT_THAT(MessageOf<FileError>([] { ParseTrainOptions("[]", "run/train.json"); }),
+              HasSubstr("not a training options file"));
 }
 
 // --- Noise of a batch.
