@@ -133,7 +133,8 @@ void AddEdit(CLI::App& app, Selected& selected) {
   edit->add_option("-s,--seed", command->seed, "Seed of all pictures")
       ->capture_default_str()
       ->check(NotNegative());
-  edit->add_option("--rng", options.rng, "As for `sample`")->capture_default_str();
+  edit->add_option("--rng", options.rng, "Noise of the seed: philox or torch, as for `sample`")
+      ->capture_default_str();
   edit->add_option("--backend", command->backend, "jit or eager")->capture_default_str();
   edit->add_option("-o,--out,--output", command->out, "PNG files: a number is added to the name")
       ->capture_default_str();

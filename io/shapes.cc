@@ -11,11 +11,11 @@ namespace calotype {
 namespace {
 
 constexpr const char* kShapes[] = {"circle", "square", "triangle", "cross"};
-constexpr const char* kColors[] = {"red", "green", "blue", "yellow", "purple", "white"};
+constexpr const char* kColors[kShapeColors] = {"red", "green", "blue", "yellow", "purple", "white"};
 constexpr const char* kSizes[] = {"small", "large"};
 constexpr const char* kBackgrounds[] = {"black", "gray"};
-constexpr float kColorValues[6][3] = {{1, .1f, .1f}, {.1f, .8f, .1f}, {.15f, .25f, 1},
-                                      {1, .9f, .1f}, {.6f, .1f, .8f}, {1, 1, 1}};
+constexpr float kColorValues[kShapeColors][3] = {{1, .1f, .1f}, {.1f, .8f, .1f}, {.15f, .25f, 1},
+                                                 {1, .9f, .1f}, {.6f, .1f, .8f}, {1, 1, 1}};
 constexpr double kRadii[] = {.24, .42};
 constexpr float kBackgroundValues[] = {0, .45f};
 
@@ -39,7 +39,15 @@ ShapeAttributes ShapeAttributesOf(int64_t caption) {
   Check(caption >= 0 && caption < kShapeCaptions, "shapes: caption {} is not in [0, {})", caption,
         kShapeCaptions);
   int i = static_cast<int>(caption);
-  return {i / 24, i / 4 % 6, i / 2 % 2, i % 2};
+  return {i / (4 * kShapeColors), i / 4 % kShapeColors, i / 2 % 2, i % 2};
+}
+
+int64_t ShapeCaptionIndex(const ShapeAttributes& a) {
+  return ((int64_t{a.shape} * kShapeColors + a.color) * 2 + a.size) * 2 + a.background;
+}
+
+float ShapeBackground(int64_t caption) {
+  return 2 * kBackgroundValues[ShapeAttributesOf(caption).background] - 1;
 }
 
 std::string ShapeCaption(int64_t caption) {

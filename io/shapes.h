@@ -24,6 +24,7 @@
 namespace calotype {
 
 constexpr int kShapeCaptions = 96;
+constexpr int kShapeColors = 6;
 constexpr int kShapesSide = 16;
 constexpr float kShapesJitter = 0.08f;
 
@@ -38,7 +39,11 @@ struct ShapeAttributes {
 
 // Errors: ValueError unless 0 <= caption < 96.
 ShapeAttributes ShapeAttributesOf(int64_t caption);
+// The number of the caption with these attributes.
+int64_t ShapeCaptionIndex(const ShapeAttributes& attributes);
 std::string ShapeCaption(int64_t caption);
+// The gray of the background of a caption, in [-1, 1].
+float ShapeBackground(int64_t caption);
 
 // The picture [3, side, side] in [-1, 1] of a caption with the centre at (.5 + dx, .5 + dy).
 Tensor RenderShape(int64_t caption, float dx, float dy, int side = kShapesSide);

@@ -7,22 +7,10 @@
 #include "core/error.h"
 #include "io/atomic_file.h"
 #include "io/png.h"
+#include "pipelines/rows.h"
 
 namespace calotype {
 namespace {
-
-constexpr int kColors = 6;
-
-int64_t WithColor(int64_t caption, int color) {
-  ShapeAttributes a = ShapeAttributesOf(caption);
-  return ((int64_t{a.shape} * kColors + color) * 2 + a.size) * 2 + a.background;
-}
-
-Tensor Picture(const Tensor& batch, int64_t i) {
-  Tensor one({batch.shape()[1], batch.shape()[2], batch.shape()[3]});
-  std::copy_n(batch.data() + i * one.elements(), one.elements(), one.data());
-  return one;
-}
 
 double Overlap(const Tensor& a, const Tensor& b) {
   double both = 0, either = 0;
@@ -36,11 +24,11 @@ double Overlap(const Tensor& a, const Tensor& b) {
 // Adds edited pictures (source first) to the counts.
 void Count(const ShapeClassifier& classifier, const Tensor& pictures,
            const std::vector<int64_t>& captions, EditAccuracy& to) {
-  Tensor source = Picture(pictures, 0);
+  Tensor source = Row(pictures, 0);
   ShapeAttributes before = ShapeAttributesOf(classifier.Classify(source));
   Tensor mask = ForegroundMask(source, captions[0]);
   for (size_t i = 1; i < captions.size(); ++i) {
-    Tensor picture = Picture(pictures, static_cast<int64_t>(i));
+    Tensor picture = Row(pictures, static_cast<int64_t>(i));
     ShapeAttributes after = ShapeAttributesOf(classifier.Classify(picture));
     to.color += after.color == ShapeAttributesOf(captions[i]).color;
     to.kept += after.shape == before.shape && after.size == before.size &&
@@ -94,8 +82,7 @@ Image Enlarged(const Image& image, int factor) {
 }  // namespace
 
 Tensor ForegroundMask(const Tensor& picture, int64_t caption) {
-  // black 0 and gray 0.45 of io/shapes.h, in [-1, 1]
-  const float background = ShapeAttributesOf(caption).background == 0 ? -1.0f : -0.1f;
+  const float background = ShapeBackground(caption);
   int64_t height = picture.shape()[1], width = picture.shape()[2], pixels = height * width;
   Tensor mask({height, width});
   for (int64_t p = 0; p < pixels; ++p) {
@@ -135,8 +122,9 @@ AttentionDemoSummary RunAttentionDemo(const AttentionDemoOptions& options,
     int64_t caption = i * kShapeCaptions / options.captions;
     ShapeAttributes attributes = ShapeAttributesOf(caption);
     std::vector<int64_t> captions = {caption};
-    for (int color = 0; color < kColors; ++color) {
-      if (color != attributes.color) captions.push_back(WithColor(caption, color));
+    ShapeAttributes other = attributes;
+    for (other.color = 0; other.color < kShapeColors; ++other.color) {
+      if (other.color != attributes.color) captions.push_back(ShapeCaptionIndex(other));
     }
     std::vector<std::string> prompts;
     for (int64_t c : captions) prompts.push_back(ShapeCaption(c));
@@ -161,7 +149,7 @@ AttentionDemoSummary RunAttentionDemo(const AttentionDemoOptions& options,
     for (const auto& positions : tokens.positions) {
       all.insert(all.end(), positions.begin(), positions.end());
     }
-    Tensor mask = ForegroundMask(Picture(redrawn, 0), caption);
+    Tensor mask = ForegroundMask(Row(redrawn, 0), caption);
     for (size_t k = 0; k < kHeatWords.size(); ++k) {
       std::vector<int64_t> positions;
       for (size_t word : kHeatWords[k]) {
@@ -173,7 +161,7 @@ AttentionDemoSummary RunAttentionDemo(const AttentionDemoOptions& options,
 
     // A caption of each shape, size and background, in different colours.
     if (attributes.color ==
-        (attributes.shape + 2 * attributes.size + 3 * attributes.background) % 6) {
+        (attributes.shape + 2 * attributes.size + 3 * attributes.background) % kShapeColors) {
       for (const Image& image : TensorToImages(pictures)) edit_grid.push_back(Enlarged(image, 2));
       Image picture = TensorToImages(redrawn)[0];
       heat_grid.push_back(Resize(Enlarged(picture, 4), 64, 64));

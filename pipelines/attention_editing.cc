@@ -337,6 +337,9 @@ Tensor EditPictures(TextToImagePipeline& pipeline, std::span<const std::string> 
                     const GenerateCallbacks& callbacks) {
   DiffusionModel& model = pipeline.model();
   Check(!options.seeds.empty(), "prompt-to-prompt: no seed");
+  Check(options.rng != "torch-batch",
+        "prompt-to-prompt: rng torch-batch draws another noise for each picture, these share one; "
+        "take torch");
   Check(!options.context, "prompt-to-prompt: ready embeddings have no words to edit by");
   std::vector<PromptTokens> tokens;
   for (const std::string& prompt : prompts) tokens.push_back(TokenizePrompt(model, prompt));

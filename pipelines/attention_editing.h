@@ -89,7 +89,8 @@ Tensor LocalBlendMask(std::span<const Tensor> maps, std::span<const std::vector<
 
 // Pictures [P, 3, height, width] of prompts[0], the source, and of the others, edited. All but the
 // prompts is taken from `options`: seeds[0] is the seed of all, batch_size and hooks are not used.
-// Errors: those of MakeAttentionEditTables and TextToImagePipeline::Generate.
+// Errors: ValueError for rng torch-batch, which draws another noise for each picture; those of
+// MakeAttentionEditTables and TextToImagePipeline::Generate.
 Tensor EditPictures(TextToImagePipeline& pipeline, std::span<const std::string> prompts,
                     GenerateOptions options, const AttentionEditOptions& edit,
                     const GenerateCallbacks& callbacks = {});

@@ -10,6 +10,7 @@
 
 #include "core/error.h"
 #include "graph/functions.h"
+#include "pipelines/rows.h"
 
 namespace calotype {
 namespace {
@@ -41,16 +42,6 @@ Tensor Encode(const PromptEncoder& encoder, const std::vector<int64_t>& ids,
   Check<ShapeError>(z.shape().rank() == 3 && z.shape()[0] == 1 && z.shape()[1] == encoder.length,
                     "prompt: the text encoder made {} of {} tokens", z.shape(), encoder.length);
   return z.Reshape({z.shape()[1], z.shape()[2]});
-}
-
-// [T1, D], [T2, D], ... one behind the other.
-Tensor Join(std::span<const Tensor> parts) {
-  int64_t tokens = 0;
-  for (const Tensor& part : parts) tokens += part.shape()[0];
-  Tensor joined({tokens, parts[0].shape()[1]});
-  float* to = joined.data();
-  for (const Tensor& part : parts) to = std::copy_n(part.data(), part.elements(), to);
-  return joined;
 }
 
 double MeanOf(const Tensor& x) {
@@ -159,13 +150,11 @@ Tensor EncodeA1111(const PromptEncoder& encoder, std::span<const WeightedText> r
     int64_t begin = 0, end = encoder.length;
     if (!options.inner_markers && i > 0 && encoder.bos) ++begin;
     if (!options.inner_markers && i + 1 < chunks.size() && encoder.eos) --end;
-    Tensor part({end - begin, z.shape()[1]});
-    std::copy_n(z.data() + begin * z.shape()[1], part.elements(), part.data());
-    parts.push_back(part);
+    parts.push_back(Rows(z, begin, end));
     factors.insert(factors.end(), chunks[i].weights.begin() + begin,
                    chunks[i].weights.begin() + end);
   }
-  Tensor all = Join(parts);
+  Tensor all = StackRows(parts);
   double before = MeanOf(all);
   int64_t width = all.shape()[1];
   bool weighted = false;
@@ -313,35 +302,41 @@ Tensor EncodeCompel(const PromptEncoder& encoder, const CompelPrompt& prompt, Do
     }
     parts.push_back(part);
   }
-  return Join(parts);
+  return StackRows(parts);
 }
 
 // ---------------------------------------------------------------- contexts of pictures
 
 namespace {
 
-// Embeddings that are filled up to one length, by what they were made from.
+// The embeddings of texts, filled up to one length with that of no text.
 class Encodings {
  public:
-  explicit Encodings(PromptEncoder encoder) : encoder_(std::move(encoder)) {}
+  explicit Encodings(std::function<Tensor(const std::string& text)> encode)
+      : encode_(std::move(encode)) {}
 
-  void Add(const std::string& text, const std::function<Tensor()>& encode) {
-    if (!known_.count(text)) known_[text] = encode();
+  void Add(const std::string& text) {
+    if (!known_.count(text)) known_[text] = encode_(text);
   }
-  void Fill() {
-    int64_t most = 0;
-    for (const auto& [text, tensor] : known_) most = std::max(most, tensor.shape()[0]);
-    Tensor empty = Encode(encoder_, Wrap(encoder_, {}, {}, encoder_.pad).ids);
+  int64_t Longest() const {
+    int64_t longest = 0;
+    for (const auto& [text, tensor] : known_) longest = std::max(longest, tensor.shape()[0]);
+    return longest;
+  }
+  void Fill(int64_t length) {
+    Tensor empty;
     for (auto& [text, tensor] : known_) {
+      if (tensor.shape()[0] == length) continue;
+      if (!empty.defined()) empty = encode_("");
       std::vector<Tensor> parts = {tensor};
-      for (int64_t t = tensor.shape()[0]; t < most; t += encoder_.length) parts.push_back(empty);
-      tensor = Join(parts);
+      for (int64_t t = tensor.shape()[0]; t < length; t += empty.shape()[0]) parts.push_back(empty);
+      tensor = StackRows(parts);
     }
   }
   const Tensor& At(const std::string& text) const { return known_.at(text); }
 
  private:
-  PromptEncoder encoder_;
+  std::function<Tensor(const std::string& text)> encode_;
   std::map<std::string, Tensor> known_;
 };
 
@@ -349,7 +344,7 @@ class Encodings {
 struct StepTexts {
   std::vector<std::string> positive;
   std::vector<double> weights;
-  std::string negative;
+  std::optional<std::string> negative;
 };
 
 const std::string& TextAt(const std::vector<ScheduledText>& schedule, int64_t step) {
@@ -367,24 +362,21 @@ std::function<PictureContext(size_t, int64_t, int64_t)> PromptContexts(
   Check(syntax != PromptSyntax::kPlain, "prompt: plain prompts need no contexts of their own");
   GenerateOptions options = Resolved(pipeline.model(), given);
   // As with plain prompts the negative one does not skip layers.
-  PromptEncoder encoder = MakePromptEncoder(pipeline, options.clip_skip, warn);
-  PromptEncoder negative = MakePromptEncoder(pipeline, 0, warn);
-  auto encodings = std::make_shared<Encodings>(negative);
-  auto add = [&](const std::string& text, bool is_negative) {
-    const PromptEncoder& by = is_negative ? negative : encoder;
-    std::string key = (is_negative ? "-" : "+") + text;
-    encodings->Add(key, [&] {
-      if (syntax == PromptSyntax::kA1111) return EncodeA1111(by, ParseA1111Weights(text));
-      return EncodeCompel(by, ParseCompel(text), Downweight::kMask, [&](int64_t cut) {
-        if (warn) {
-          warn(fmt::format(
-              "prompt \"{}\": the last {} tokens are behind the {} that the model reads", text, cut,
-              by.capacity()));
-        }
-      });
-    });
-    return key;
+  // Each side is filled up as it is encoded.
+  auto encodings_by = [&](int64_t clip_skip) {
+    return std::make_shared<Encodings>(
+        [by = MakePromptEncoder(pipeline, clip_skip, warn), syntax, warn](const std::string& text) {
+          if (syntax == PromptSyntax::kA1111) return EncodeA1111(by, ParseA1111Weights(text));
+          return EncodeCompel(by, ParseCompel(text), Downweight::kMask, [&](int64_t cut) {
+            if (warn) {
+              warn(fmt::format(
+                  "prompt \"{}\": the last {} tokens are behind the {} that the model reads", text,
+                  cut, by.capacity()));
+            }
+          });
+        });
   };
+  auto positive = encodings_by(options.clip_skip), negative = encodings_by(0);
 
   std::vector<std::vector<StepTexts>> steps(options.prompts.size());
   bool a1111 = syntax == PromptSyntax::kA1111;
@@ -403,20 +395,26 @@ std::function<PictureContext(size_t, int64_t, int64_t)> PromptContexts(
     for (int64_t step = 0; step < options.steps; ++step) {
       StepTexts texts;
       for (size_t i = 0; i < parts.size(); ++i) {
-        texts.positive.push_back(add(TextAt(schedules[i], step), false));
+        texts.positive.push_back(TextAt(schedules[i], step));
+        positive->Add(texts.positive.back());
         if (composed) texts.weights.push_back(parts[i].weight);
       }
-      if (guided) texts.negative = add(TextAt(negative_schedule, step), true);
+      if (guided) {
+        texts.negative = TextAt(negative_schedule, step);
+        negative->Add(*texts.negative);
+      }
       steps[picture].push_back(std::move(texts));
     }
   }
-  encodings->Fill();
-  return [encodings, steps](size_t picture, int64_t step, int64_t) {
+  const int64_t length = std::max(positive->Longest(), negative->Longest());
+  positive->Fill(length);
+  negative->Fill(length);
+  return [positive, negative, steps](size_t picture, int64_t step, int64_t) {
     const auto& all = steps[picture];
     const StepTexts& texts = all[std::min(static_cast<size_t>(step), all.size() - 1)];
     PictureContext context{.weights = texts.weights};
-    for (const std::string& text : texts.positive) context.positive.push_back(encodings->At(text));
-    if (!texts.negative.empty()) context.negative = encodings->At(texts.negative);
+    for (const std::string& text : texts.positive) context.positive.push_back(positive->At(text));
+    if (texts.negative) context.negative = negative->At(*texts.negative);
     return context;
   };
 }

@@ -69,8 +69,8 @@ Tensor EncodeCompel(const PromptEncoder& encoder, const CompelPrompt& prompt,
                     const std::function<void(int64_t tokens)>& cut = {});
 
 // For GenerateOptions::context: the embeddings of options.prompts and options.negative_prompt in
-// that syntax, all of one length (shorter ones are followed by the encoding of no text). Everything
-// is encoded now. Errors: those of the parsers and encoders.
+// that syntax, all of one length (shorter ones are followed by the encoding of no text, made in the
+// same way). Everything is encoded now. Errors: those of the parsers and encoders.
 std::function<PictureContext(size_t picture, int64_t step, int64_t steps)> PromptContexts(
     TextToImagePipeline& pipeline, const GenerateOptions& options, PromptSyntax syntax,
     const DiffusionModel::Warn& warn = {});

@@ -440,6 +440,15 @@ TEST_F(EditTest, ReweightAndBlend) {
               HasSubstr("1 texts of substruct_words for 2 prompts"));
 }
 
+TEST_F(EditTest, PicturesShareOneNoise) {
+  options_.rng = "torch";
+  AttentionEditOptions none{.n_cross_replace = {{"default_", {0, 0}}}, .n_self_replace = {0, 0}};
+  Tensor same = Edit(eager_, none, {"a red circle", "a red circle"});
+  EXPECT_LT(Difference(Row(same, 1), Row(same, 0)), 1e-6);
+  options_.rng = "torch-batch";
+  EXPECT_THAT(MessageOf<ValueError>([&] { Edit(eager_, none); }), HasSubstr("take torch"));
+}
+
 // ---------------------------------------------------------------- heat maps
 
 TEST(HeatMapTest, BicubicIsPyTorchs) {
@@ -523,6 +532,8 @@ TEST(AttentionDemoTest, ForegroundIsWhatDiffersFromTheBackground) {
     EXPECT_GT(area, large ? .25 : .07) << ShapeCaption(caption);
     EXPECT_LT(area, large ? .8 : .35) << ShapeCaption(caption);
     EXPECT_EQ(mask.data()[0], 0);
+    EXPECT_EQ(RenderShape(caption, 0, 0).data()[0], ShapeBackground(caption));
+    EXPECT_EQ(ShapeCaptionIndex(ShapeAttributesOf(caption)), caption);
     EXPECT_EQ(mask.data()[8 * 16 + 8], 1);
   }
 }

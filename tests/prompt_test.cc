@@ -15,7 +15,10 @@
 #include "pipelines/model_folder.h"
 #include "pipelines/prompt_encoding.h"
 #include "pipelines/prompt_tokens.h"
+#include "pipelines/rows.h"
 #include "tests/expect_error.h"
+#include "tests/temp_folder.h"
+#include "tests/tiny_stable_diffusion.h"
 #include "tests/tiny_unet.h"
 
 namespace calotype {
@@ -367,6 +370,48 @@ TEST_F(ContextTest, PicturesOfPromptsWithoutSyntaxAreThePlainOnes) {
                  plain),
       1e-3);
   EXPECT_THAT(MessageOf<ValueError>([] { ParsePromptSyntax("x"); }), HasSubstr("`x` is unknown"));
+}
+
+// The filler of each side is made as that side's text is: with its layers, and with the syntax's
+// padding.
+TEST(ClipContextTest, ShorterEmbeddingsAreFollowedByThatOfNoText) {
+  SetThreads(1);
+  test::TempFolder folder;
+  test::TinyStableDiffusion()->Save(folder / "model");
+  // Padding that is not the end token, as that of Stable Diffusion 2.
+  folder.Write("model/tokenizer/tokenizer_config.json",
+               R"({"model_max_length": 16, "pad_token": "!"})");
+  auto model = DiffusionModel::Load(folder / "model");
+  ASSERT_EQ(model->tokenizer()->pad(), 0);
+  TextToImagePipeline pipeline(*model, Backend::kEager);
+  auto no_text = [&](int64_t fill, int64_t clip_skip) {
+    std::vector<int64_t> ids(16, fill);
+    ids[0] = 512, ids[1] = 513;
+    return pipeline.Encode(Tensor::From({1, 16}, ids), clip_skip).Reshape({16, 8});
+  };
+  const struct {
+    PromptSyntax syntax;
+    const char* longer;
+    int64_t fill;
+  } kCases[] = {{PromptSyntax::kA1111, "a BREAK b", 513},
+                {PromptSyntax::kCompel, "(\"a\", \"b\").and()", 0}};
+  for (const auto& c : kCases) {
+    for (bool positive : {true, false}) {
+      GenerateOptions options{.prompts = {positive ? "c" : c.longer},
+                              .seeds = {3},
+                              .negative_prompt = positive ? c.longer : "c",
+                              .steps = 2,
+                              .guidance_scale = 3,
+                              .clip_skip = 1};
+      PictureContext at = PromptContexts(pipeline, options, c.syntax)(0, 0, 2);
+      Tensor shorter = positive ? at.positive.at(0) : at.negative;
+      ASSERT_EQ(shorter.shape(), Shape({32, 8}));
+      Tensor filler = Rows(shorter, 16, 32);
+      EXPECT_EQ(Difference(filler, no_text(c.fill, positive ? 1 : 0)), 0);
+      EXPECT_GT(Difference(filler, no_text(c.fill, positive ? 0 : 1)), 1e-3);
+      EXPECT_GT(Difference(filler, no_text(513 - c.fill, positive ? 1 : 0)), 1e-3);
+    }
+  }
 }
 
 }  // namespace
