@@ -1,5 +1,5 @@
-# calotype_library(folder LINK public... PRIVATE private...): the library of one folder, from all its
-# .cc files. Files named *_isa.cc are compiled once per instruction-set level with
+# calotype_library(folder [OPTIMIZE level] LINK public... PRIVATE private...): the library of one folder,
+# from all its .cc files. Files named *_isa.cc are compiled once per instruction-set level with
 # CALOTYPE_ISA = v2, v3, v4 (x86-64) or base (others); see core/isa.h.
 set(CALOTYPE_FLAGS -Wall -Wextra -Wno-missing-field-initializers -ffp-contract=off -fno-math-errno -fno-trapping-math)
 if(CALOTYPE_WERROR)
@@ -16,8 +16,8 @@ else()
 endif()
 
 # calotype_flags(target level): `level` is the optimisation of release builds: -O2 in the libraries, -O3
-# in *_isa.cc, -O1 in programs and tests, which only call them. Building takes a quarter less time than
-# with -O3 for all.
+# in *_isa.cc, -O1 in programs, tests and libraries that only call others. Building takes a quarter less
+# time than with -O3 for all.
 function(calotype_flags target level)
   target_compile_features(${target} PUBLIC cxx_std_20)
   target_compile_options(${target} PRIVATE ${CALOTYPE_FLAGS} $<$<CONFIG:Release>:${level}>)
@@ -26,7 +26,10 @@ function(calotype_flags target level)
 endfunction()
 
 function(calotype_library folder)
-  cmake_parse_arguments(ARG "" "" "LINK;PRIVATE" ${ARGN})
+  cmake_parse_arguments(ARG "" "OPTIMIZE" "LINK;PRIVATE" ${ARGN})
+  if(NOT ARG_OPTIMIZE)
+    set(ARG_OPTIMIZE -O2)
+  endif()
   file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/${folder}/*.cc
        ${CMAKE_SOURCE_DIR}/${folder}/runtime/*.cc)
   set(isa_sources ${sources})
@@ -39,7 +42,7 @@ function(calotype_library folder)
   add_library(${target} STATIC ${sources})
   add_library(calotype::${folder} ALIAS ${target})
   set_target_properties(${target} PROPERTIES EXPORT_NAME ${folder})
-  calotype_flags(${target} -O2)
+  calotype_flags(${target} ${ARG_OPTIMIZE})
   target_link_libraries(${target} PUBLIC ${ARG_LINK})
   foreach(library ${ARG_PRIVATE})
     if(library STREQUAL LLVM)
