@@ -82,8 +82,7 @@ ComputationGraph UNetGraph(DiffusionModel& model, UNetShape shape, const Denoise
   Value sample =
       graph.Input("sample", Shape{batch, model.unet().config().in_channels, height, width});
   Value timestep = graph.Input("timestep", Shape{batch});
-  Value context =
-      graph.Input("encoder_hidden_states", Shape{batch, tokens, model.context_width()});
+  Value context = graph.Input("encoder_hidden_states", Shape{batch, tokens, model.context_width()});
   if (!denoise) {
     graph.Output("out", model.Denoise(sample, timestep, context));
     return graph;

@@ -26,8 +26,8 @@ struct UNetShape {
   int64_t tokens = 0;             // of the context
   auto operator<=>(const UNetShape&) const = default;
 };
-// Builds the prediction and returns it, and behind it whatever else the graph shall have as outputs;
-// may declare further inputs, and change the attention of the U-Net meanwhile.
+// Builds the prediction and returns it, and behind it whatever else the graph shall have as
+// outputs; may declare further inputs, and change the attention of the U-Net meanwhile.
 using DenoiseBuilder = std::function<std::vector<Value>(ComputationGraph&, Value sample,
                                                         Value timestep, Value context)>;
 // Inputs sample [batch, in_channels, height, width], timestep f32 [batch] (samplers stop between
