@@ -14,12 +14,14 @@
 #include "pipelines/model_folder.h"
 #include "temp_folder.h"
 #include "tests/expect_error.h"
+#include "tests/tiny_vocabulary.h"
 
 namespace calotype {
 namespace {
 
 namespace fs = std::filesystem;
 using test::TempFolder;
+using test::TinyVocabulary;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
@@ -488,50 +490,6 @@ TEST(CLIPTextModelTest, ConfigAndFileNames) {
 }
 
 // ---------------------------------------------------------------- CLIPTokenizer
-
-// 256 byte characters, the same with </w>, these merges, bos, eos: the rule of CLIP's vocabulary.
-struct TinyVocabulary {
-  std::string vocab = "{", merges = "#version: 0.2\n";
-  int64_t size = 0;
-
-  explicit TinyVocabulary(const std::vector<std::string>& pairs) {
-    auto add = [&](const std::string& token) {
-      std::string escaped;
-      for (char c : token) {
-        if (c == '"' || c == '\\') escaped += '\\';
-        escaped += c;
-      }
-      vocab += fmt::format("{}\"{}\": {}", size ? ", " : "", escaped, size);
-      ++size;
-    };
-    std::vector<int> order;
-    for (int b = 33; b < 127; ++b) order.push_back(b);
-    for (int b = 161; b < 173; ++b) order.push_back(b);
-    for (int b = 174; b < 256; ++b) order.push_back(b);
-    for (int b = 0; b < 68; ++b) order.push_back(256 + b);
-    for (const char* end : {"", "</w>"}) {
-      for (int c : order) {
-        std::string utf8;
-        if (c < 128) {
-          utf8 = static_cast<char>(c);
-        } else {
-          utf8 += static_cast<char>(0xc0 | (c >> 6));
-          utf8 += static_cast<char>(0x80 | (c & 63));
-        }
-        add(utf8 + end);
-      }
-    }
-    for (const std::string& pair : pairs) {
-      merges += pair + "\n";
-      std::string joined = pair;
-      joined.erase(joined.find(' '), 1);
-      add(joined);
-    }
-    add("<|startoftext|>");
-    add("<|endoftext|>");
-    vocab += "}";
-  }
-};
 
 const std::vector<std::string> kPairs = {"l o",      "lo w</w>", "e r</w>", "t h",
                                          "th e</w>", "c a",      "ca t</w>"};
