@@ -1,7 +1,7 @@
 #include "layers/layer.h"
 
 #include <algorithm>
-#include <unordered_map>
+#include <unordered_set>
 
 #include "core/random.h"
 #include "layers/layer_execution.h"
@@ -112,7 +112,10 @@ void Layer::Draw(Declaration& declaration, uint64_t seed) {
 }
 
 void Layer::EnsureValue(Declaration& declaration) {
-  if (!declaration.has_value) Draw(declaration, 0);
+  if (declaration.has_value) return;
+  Check(!declaration.released, "{}: the value of {} has been released; load it again", Describe(),
+        declaration.name);
+  Draw(declaration, 0);
 }
 
 void Layer::Initialize(uint64_t seed) {
@@ -203,6 +206,15 @@ void Layer::UpdateParameters(float learning_rate) {
   calotype::UpdateParameters(NamedParameters(), learning_rate);
 }
 
+void Layer::ReleaseParameters() {
+  ResetState();
+  Visit(*this, [](Layer&, Declaration& declaration) {
+    declaration.parameter.reset();
+    declaration.has_value = false;
+    declaration.released = true;
+  });
+}
+
 void Layer::ResetState() {
   execution_.reset();
   Visit(*this, [](Layer&, Declaration& declaration) {
@@ -226,15 +238,13 @@ std::string LoadReport::ToString() const {
   return text;
 }
 
-LoadReport Layer::LoadParameters(std::map<std::string, Tensor> tensors, bool strict) {
+LoadReport Layer::CheckParameters(const std::map<std::string, Tensor>& tensors) const {
   LoadReport report;
-  std::unordered_map<std::string, Declaration*> known;
+  std::unordered_set<std::string> known;
   size_t skip = path_.empty() ? 0 : path_.size() + 1;
-  std::vector<std::pair<Layer*, Declaration*>> fitting;
-  std::vector<Tensor*> sources;
-  Visit(*this, [&](Layer& layer, Declaration& declaration) {
+  Visit(*this, [&](const Layer& layer, const Declaration& declaration) {
     std::string path = layer.PathOf(declaration).substr(skip);
-    known.emplace(path, &declaration);
+    known.insert(path);
     auto it = tensors.find(path);
     if (it == tensors.end()) {
       report.missing.push_back(path);
@@ -246,24 +256,36 @@ LoadReport Layer::LoadParameters(std::map<std::string, Tensor> tensors, bool str
           fmt::format("{}: the tensor is {}, the parameter f32", path, it->second.dtype()));
     } else {
       report.loaded.push_back(path);
-      fitting.emplace_back(&layer, &declaration);
-      sources.push_back(&it->second);
     }
   });
   for (const auto& [name, tensor] : tensors) {
     if (!known.contains(name)) report.unexpected.push_back(name);
   }
+  return report;
+}
+
+LoadReport Layer::LoadParameters(std::map<std::string, Tensor> tensors, bool strict) {
+  LoadReport report = CheckParameters(tensors);
   Check(!strict || report.complete(), "{}: the tensors do not fit the layer\n{}", Describe(),
         report.ToString());
+  // Loaded ones are in the order of Visit.
+  std::vector<std::pair<Layer*, Declaration*>> fitting;
+  size_t skip = path_.empty() ? 0 : path_.size() + 1;
+  Visit(*this, [&](Layer& layer, Declaration& declaration) {
+    const size_t next = fitting.size();
+    if (next == report.loaded.size()) return;
+    if (layer.PathOf(declaration).substr(skip) == report.loaded[next])
+      fitting.emplace_back(&layer, &declaration);
+  });
   for (auto [layer, declaration] : fitting) {
     Check(!declaration->parameter || declaration->parameter->value().defined(),
           "{}: compiled code released the value of {} after packing (release_weights), so load the "
-          "tensors into a new layer",
+          "tensors into a new layer, or call ReleaseParameters first",
           Describe(), declaration->name);
   }
   for (size_t i = 0; i < fitting.size(); ++i) {
     auto [layer, declaration] = fitting[i];
-    Tensor source = std::move(*sources[i]);
+    Tensor source = std::move(tensors.at(report.loaded[i]));
     if (source.dtype() != DType::kF32) source = source.To(DType::kF32);
     if (!declaration->parameter && source.Unique()) {
       declaration->parameter =

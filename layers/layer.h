@@ -118,6 +118,12 @@ class Layer {
   // f32 tensor that nobody else holds (move the map in) becomes the storage of a parameter that has
   // none yet, so that large models are not held twice.
   LoadReport LoadParameters(std::map<std::string, Tensor> tensors, bool strict = true);
+  // The report alone: looks at names and types, reads no value and changes nothing.
+  LoadReport CheckParameters(const std::map<std::string, Tensor>& tensors) const;
+  // Lets go of all values, to save memory. Graphs and compiled code that were made before keep
+  // theirs; for what is made later a value that has not been loaded, set or drawn again is a
+  // ValueError.
+  void ReleaseParameters();
   // Copies of all values by path.
   std::map<std::string, Tensor> SaveParameters();
 
@@ -179,7 +185,7 @@ class Layer {
     Shape shape;
     Initializer initializer;
     ParameterPtr parameter;  // storage exists from the first use on
-    bool has_value = false;
+    bool has_value = false, released = false;
   };
   // Calls visit(layer, declaration) for every parameter: own ones, then those of the sub-layers.
   template <class Self, class F>

@@ -2,6 +2,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <memory>
 #include <set>
 
 #include "layers/attention.h"
@@ -314,6 +316,32 @@ TEST(LayerTest, LoadReport) {
   EXPECT_EQ(RelativeError(outer.pair()->Forward(Tensor::Full({1, 3}, 1)),
                           source.Forward(Tensor::Full({1, 3}, 1))),
             0);
+}
+
+TEST(LayerTest, ReleasedParametersAreGoneUntilTheyAreLoadedAgain) {
+  Pair pair, fresh;
+  pair.Initialize(1);
+  Tensor x = Tensor::Full({2, 3}, 0.5f), expected = pair.Forward(x).Clone();
+  auto tensors = pair.SaveParameters();
+  std::weak_ptr<Parameter> old = pair.FindParameter("gain");
+  for (Pair* layer : {&pair, &fresh}) {
+    layer->ReleaseParameters();
+    for (auto access : std::vector<std::function<void()>>{
+             [&] { layer->Forward(x); }, [&] { layer->NamedParameters(); },
+             [&] { layer->SaveParameters(); }, [&] { layer->FindParameter("gain"); }}) {
+      EXPECT_THAT(MessageOf<ValueError>(access), HasSubstr("has been released; load it again"));
+    }
+    EXPECT_TRUE(layer->CheckParameters(tensors).complete());
+  }
+  EXPECT_TRUE(old.expired());
+
+  EXPECT_TRUE(pair.LoadParameters(tensors).complete());
+  EXPECT_EQ(RelativeError(pair.Forward(x), expected), 0);
+  pair.ReleaseParameters();
+  pair.Initialize(1);
+  EXPECT_EQ(RelativeError(pair.Forward(x), expected), 0);
+  tensors.erase("gain");
+  EXPECT_THAT(pair.CheckParameters(tensors).missing, ElementsAre("gain"));
 }
 
 TEST(LayerTest, ConstructionTakesNoStorage) {
