@@ -1,6 +1,8 @@
 #include "models/clip_text_model.h"
 
+#include <algorithm>
 #include <cmath>
+#include <memory>
 #include <utility>
 
 #include "graph/functions.h"
@@ -15,6 +17,8 @@ namespace {
 constexpr std::string_view kOwner = "CLIPTextModel";
 constexpr std::string_view kPrefix = "text_model.";
 constexpr int64_t kLegacyEos = 2;  // of configs written before transformers 4.30
+// The end of a text is found by comparing id * positions + position in float32.
+constexpr int64_t kMostRank = int64_t{1} << 24;
 
 }  // namespace
 
@@ -80,9 +84,8 @@ void CLIPTextConfig::Validate() const {
         layer_norm_eps);
   Check(eos_token_id >= 0 && eos_token_id < vocab_size,
         "{}: field 'eos_token_id' is {}, must be in [0, {})", kOwner, eos_token_id, vocab_size);
-  // The end of a text is found by comparing id * positions + position in float32.
   Check<UnsupportedError>(
-      CheckedMul(vocab_size, max_position_embeddings, kOwner.data()) <= int64_t{1} << 24,
+      CheckedMul(vocab_size, max_position_embeddings, kOwner.data()) <= kMostRank,
       "{}: vocab_size {} times max_position_embeddings {} must be at most 2^24", kOwner, vocab_size,
       max_position_embeddings);
   CheckActivation(hidden_act);
@@ -144,6 +147,32 @@ void CLIPTextModel::SetClipSkip(int64_t clip_skip) {
   Changed();
 }
 
+int64_t CLIPTextModel::AddTokens(const std::string& name, const Tensor& embeddings) {
+  const CLIPTextConfig& c = config_;
+  Check<ShapeError>(embeddings.shape().rank() == 2 && embeddings.shape()[0] > 0 &&
+                        embeddings.shape()[1] == c.hidden_size && embeddings.dtype() == DType::kF32,
+                    "{}: embeddings {} to add must be f32 [n, {}]", Describe(), embeddings.type(),
+                    c.hidden_size);
+  int64_t first = c.vocab_size;
+  for (const ParameterPtr& added : added_tokens_) first += added->value().shape()[0];
+  Check<UnsupportedError>((first + embeddings.shape()[0]) * c.max_position_embeddings <= kMostRank,
+                          "{}: {} tokens behind {} are too many", Describe(), embeddings.shape()[0],
+                          first);
+  added_tokens_.push_back(std::make_shared<Parameter>(name, embeddings.Clone()));
+  Changed();
+  return first;
+}
+
+Tensor CLIPTextModel::EmbeddingOf(int64_t id) {
+  Check(id >= 0 && id < config_.vocab_size, "{}: the token {} is not in [0, {})", Describe(), id,
+        config_.vocab_size);
+  Tensor embedding({config_.hidden_size});
+  const float* from =
+      token_embedding_->FindParameter("weight")->value().data() + id * config_.hidden_size;
+  std::copy_n(from, config_.hidden_size, embedding.data());
+  return embedding;
+}
+
 CLIPTextModel::Output CLIPTextModel::Build(Value ids, Value attention_mask) {
   Check<ShapeError>(
       ids.rank() == 2 && ids.dim(1) > 0 && ids.dim(1) <= config_.max_position_embeddings,
@@ -165,8 +194,13 @@ CLIPTextModel::Output CLIPTextModel::Build(Value ids, Value attention_mask) {
     from_end.push_back(static_cast<float>(tokens - 1 - i));
   }
   Output output;
-  Value x = token_embedding_->Call(ids) +
-            position_embedding_->Call(graph.Constant(Tensor::From({tokens}, positions)));
+  Value x = token_embedding_->Call(ids);
+  if (!added_tokens_.empty()) {
+    std::vector<Value> tables{graph.ParameterLeaf(token_embedding_->FindParameter("weight"))};
+    for (const ParameterPtr& added : added_tokens_) tables.push_back(graph.ParameterLeaf(added));
+    x = Gather(Concat(tables, 0), ids);
+  }
+  x = x + position_embedding_->Call(graph.Constant(Tensor::From({tokens}, positions)));
   output.hidden_states.push_back(x);
   for (nn::CLIPEncoderLayer* layer : layers_) {
     x = layer->Call({x, mask});

@@ -79,6 +79,17 @@ class CLIPTextModel : public Layer {
   };
   Output Build(Value ids, Value attention_mask = {});
 
+  // Adds embeddings f32 [n, hidden_size] behind the vocabulary and those added before, and returns
+  // the first of their ids; vocab_size of the config stays. They are a parameter of that name, so
+  // that they train while the vocabulary does not. It is none of NamedParameters: no part of the
+  // model's files. Errors: ShapeError; UnsupportedError beyond the bound of
+  // CLIPTextConfig::Validate.
+  int64_t AddTokens(const std::string& name, const Tensor& embeddings);
+  // The parameters, one for each call.
+  const std::vector<ParameterPtr>& added_tokens() const { return added_tokens_; }
+  // The embedding of a token, [hidden_size]. Errors: ValueError unless 0 <= id < vocab_size.
+  Tensor EmbeddingOf(int64_t id);
+
   // The number of last layers that last_hidden_state leaves out, as diffusers' clip_skip; 0 at
   // first. Errors: ValueError unless 0 <= clip_skip < num_hidden_layers.
   void SetClipSkip(int64_t clip_skip);
@@ -92,6 +103,7 @@ class CLIPTextModel : public Layer {
   CLIPTextConfig config_;
   int64_t clip_skip_ = 0;
   nn::Embedding *token_embedding_, *position_embedding_;
+  std::vector<ParameterPtr> added_tokens_;
   std::vector<nn::CLIPEncoderLayer*> layers_;
   nn::LayerNorm* final_layer_norm_;
 };

@@ -290,6 +290,45 @@ void CLIPTokenizer::AppendPiece(std::string_view piece, std::vector<int64_t>& id
   for (int32_t symbol : symbols) ids.push_back(symbol < 0 ? unk_ : symbol);
 }
 
+void CLIPTokenizer::AddToken(const std::string& token, int64_t first_id, int64_t vectors) {
+  Check(!token.empty(), "{}: a token to add has no characters", kOwner);
+  for (int32_t c : Characters(token))
+    Check(!IsSpace(c) && c >= 32, "{}: the token '{}' has white space in it", kOwner, token);
+  const std::string normal = Normalize(token);
+  auto known = [&](const std::string& text) {
+    return ids_.contains(text) || ids_.contains(text + std::string(kWordEnd));
+  };
+  Check(!known(token) && !known(normal) &&
+            std::ranges::none_of(added_, [&](const Added& a) { return a.normal == normal; }),
+        "{}: the vocabulary already has the token '{}'; choose another name", kOwner, token);
+  Check(vectors >= 1 && first_id >= vocab_size() && first_id + vectors < INT32_MAX,
+        "{}: {} ids from {} on for the token '{}'; the vocabulary has {}", kOwner, vectors,
+        first_id, token, vocab_size());
+  for (const Added& a : added_) {
+    Check(first_id >= a.first_id + a.vectors || first_id + vectors <= a.first_id,
+          "{}: another added token has the id {}", kOwner, first_id);
+  }
+  added_.push_back({normal, static_cast<int32_t>(first_id), static_cast<int32_t>(vectors)});
+  for (int64_t i = 0; i < vectors; ++i)
+    added_texts_[static_cast<int32_t>(first_id + i)] = i + 1 == vectors ? token : "";
+}
+
+void CLIPTokenizer::AppendNormal(std::string_view text, std::vector<int64_t>& ids) const {
+  while (!text.empty()) {
+    size_t begin = text.size();
+    const Added* next = nullptr;  // the added token that comes first, of several there the longest
+    for (const Added& a : added_) {
+      size_t at = text.find(a.normal);
+      if (at < begin || (next && at == begin && a.normal.size() > next->normal.size()))
+        begin = at, next = &a;
+    }
+    ForEachPiece(text.substr(0, begin), [&](std::string_view piece) { AppendPiece(piece, ids); });
+    if (!next) return;
+    for (int32_t i = 0; i < next->vectors; ++i) ids.push_back(next->first_id + i);
+    text.remove_prefix(begin + next->normal.size());
+  }
+}
+
 std::vector<int64_t> CLIPTokenizer::Tokenize(std::string_view text) const {
   Characters(text);  // names the byte that is not UTF-8
   std::vector<int64_t> ids;
@@ -303,8 +342,7 @@ std::vector<int64_t> CLIPTokenizer::Tokenize(std::string_view text) const {
       size_t at = text.find(token);
       if (at < begin || (at == begin && token.size() > special.size())) begin = at, special = token;
     }
-    std::string normal = Normalize(text.substr(0, begin));
-    ForEachPiece(normal, [&](std::string_view piece) { AppendPiece(piece, ids); });
+    AppendNormal(Normalize(text.substr(0, begin)), ids);
     if (!special.empty()) ids.push_back(IdOf(special));
     text.remove_prefix(std::min(begin + special.size(), text.size()));
   }
@@ -342,6 +380,12 @@ std::string CLIPTokenizer::Decode(std::span<const int64_t> ids) const {
   }();
   std::string joined;
   for (int64_t id : ids) {
+    if (auto added = added_texts_.find(static_cast<int32_t>(id));
+        id < INT32_MAX && added != added_texts_.end()) {
+      joined += added->second;
+      if (!added->second.empty()) joined += ' ';
+      continue;
+    }
     auto it = id < INT32_MAX ? tokens_.find(static_cast<int32_t>(id)) : tokens_.end();
     Check(it != tokens_.end(), "{}: no token has the id {}", kOwner, id);
     if (id == bos_ || id == eos_ || id == pad_) continue;

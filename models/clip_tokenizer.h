@@ -45,10 +45,16 @@ class CLIPTokenizer {
 
   // Errors (of all): ValueError for text that is not UTF-8.
   Encoded Encode(std::string_view text) const;
+  // Adds a word of its own, such as "<new1>", which reads as the ids first_id, first_id + 1, ...
+  // (`vectors` of them) wherever it stands, in any case of letters, also within other words, as
+  // transformers' add_tokens does. Errors: ValueError for a word that is empty, has white space, is
+  // not UTF-8, or that the vocabulary has; for ids that other tokens have.
+  void AddToken(const std::string& token, int64_t first_id, int64_t vectors = 1);
   // Rows of ids, i64 [texts, model_max_length].
   Tensor EncodeAll(std::span<const std::string> texts) const;
   // The ids of a text alone: no bos, eos, truncation or padding.
-  //   The four special tokens, spelled exactly, are themselves. The text between them: normal form
+  //   The four special tokens, spelled exactly, are themselves, and so are added ones after lower
+  // case. The text between them: normal form
   //   C, runs of white space to one space, lower case (accents stay); split into 's 't 're 've 'm
   //   'll 'd, runs of letters, single digits, runs of anything else but space; the UTF-8 bytes of
   //   each piece, the last one marked with "</w>", joined by the strongest merge that applies until
@@ -71,13 +77,20 @@ class CLIPTokenizer {
     int32_t rank;
     int32_t result;
   };
+  struct Added {
+    std::string normal;  // what is looked for in a normalised text
+    int32_t first_id, vectors;
+  };
   void AppendPiece(std::string_view piece, std::vector<int64_t>& ids) const;
+  void AppendNormal(std::string_view text, std::vector<int64_t>& ids) const;
 
   CLIPTokenizerConfig config_;
   std::map<std::string, int32_t, std::less<>> ids_;
   std::unordered_map<int32_t, std::string> tokens_;
-  std::unordered_map<uint64_t, Merge> merges_;  // by left id * 2^32 + right id
-  int32_t bytes_[256], last_bytes_[256];        // ids of single bytes, -1 if there is none
+  std::vector<Added> added_;
+  std::unordered_map<int32_t, std::string> added_texts_;  // by id; all but a token's last are ""
+  std::unordered_map<uint64_t, Merge> merges_;            // by left id * 2^32 + right id
+  int32_t bytes_[256], last_bytes_[256];  // ids of single bytes, -1 if there is none
   int64_t bos_, eos_, unk_, pad_;
 };
 
