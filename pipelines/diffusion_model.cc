@@ -179,6 +179,19 @@ SchedulerConfig DiffusionModel::SchedulerFor(std::string_view sampler) const {
   return WithSampler(config, sampler);
 }
 
+ParameterPtr DiffusionModel::AddToken(const std::string& token, const Tensor& embeddings) {
+  Check(text_encoder_ && tokenizer_,
+        "model: the word {} cannot be added: its text encoder is not CLIP", Quoted(token));
+  auto tokenizer = std::make_shared<CLIPTokenizer>(*tokenizer_);
+  int64_t first = text_encoder_->config().vocab_size;
+  for (const ParameterPtr& added : text_encoder_->added_tokens())
+    first += added->value().shape()[0];
+  tokenizer->AddToken(token, first, std::max<int64_t>(1, embeddings.shape()[0]));
+  text_encoder_->AddTokens("text_encoder.added_tokens." + token, embeddings);
+  tokenizer_ = std::move(tokenizer);
+  return text_encoder_->added_tokens().back();
+}
+
 Tensor DiffusionModel::Tokens(std::span<const std::string> texts, const Warn& warn) const {
   std::set<std::string> reported;
   auto report = [&](const std::string& text) {

@@ -72,6 +72,11 @@ class DiffusionModel : public Layer {
   // ValueError for a text all of whose words are unknown, and for one that is not UTF-8.
   Tensor Tokens(std::span<const std::string> texts, const Warn& warn) const;
 
+  // Adds a word for prompts and captions, such as "<new1>", that CLIP reads as these embeddings f32
+  // [n, context_width]: see CLIPTokenizer::AddToken and CLIPTextModel::AddTokens. Returns their
+  // parameter. Save does not write it. Errors: theirs; ValueError for a model without CLIP.
+  ParameterPtr AddToken(const std::string& token, const Tensor& embeddings);
+
   UNet2DConditionModel& unet() { return *unet_; }
   // One of them is null.
   CaptionEncoder* caption_encoder() { return caption_encoder_; }
