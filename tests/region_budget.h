@@ -4,7 +4,7 @@
 //     doi:10.1137/18M1226312; factor 2 for the constant); u (K + 2) if the terms are all about
 //     equal, since the roundings are then not independent
 //   elementwise: the op's own budget, and how far the result moves when an operand moves by its
-//   error
+//   error, or all of them do
 //   Winograd's form: the same bound on its transformed patches and kernels, |A'| (|G| |w| |G'| o
 //     |B'| |x| |B|) |A|, which covers that it mixes the pixels of a patch.
 // Fused ops are bounded through their decomposition.
@@ -238,6 +238,7 @@ class BudgetInterpreter {
       // Approximations are budgeted relative to 1 where they may cancel (graph/ops.def).
       double scale = info.error_eps > 2 ? std::max(std::abs(f), 1.0) : std::abs(f);
       double sum = kUnit * info.error_eps * scale;
+      int moving = 0;
       for (size_t k = 0; k < x.size(); ++k) {
         double moved = e[k].data<double>()[at[k][i]], middle = v[k];
         if (moved == 0) continue;
@@ -248,6 +249,16 @@ class BudgetInterpreter {
         }
         v[k] = middle;
         sum += most;
+        ++moving;
+      }
+      // Two operands of about zero: both moves at once count.
+      for (int corner = 0; moving > 1 && corner < 1 << x.size(); ++corner) {
+        double there[3] = {v[0], v[1], v[2]};
+        for (size_t k = 0; k < x.size(); ++k) {
+          const double moved = e[k].data<double>()[at[k][i]];
+          there[k] += corner >> k & 1 ? moved : -moved;
+        }
+        sum = std::max(sum, std::abs(info.reference(there) - f) + kUnit * info.error_eps * scale);
       }
       error.data<double>()[i] = std::isfinite(f) ? sum : 0;  // the -inf of a mask is exact
     }

@@ -75,6 +75,12 @@ struct Link {
     kPad,
     kConcat,
     kContraction,
+    // The same, with several views of one value.
+    kMeeting,  // element by element: a value and its part, its transpose, itself moved or rotated
+    kParts,    // parts that may overlap, combined or side by side
+    kBeside,   // a value beside itself or its part
+    kReduced,  // a value and a reduction of it
+    kGram,     // products of its rows with its rows
     // Prologue only.
     kBroadcast,
     kGather,
@@ -87,6 +93,7 @@ struct Link {
     kStatistics,  // sums of the result as further outputs
     kOutput,      // what is there so far is a further output
     kTwice,       // two readers that meet again
+    kUpdate,      // a parameter is read and written
   } kind;
   uint64_t seed;
 };
@@ -192,13 +199,15 @@ inline Region MakeRegion(uint64_t seed) {
   };
   int64_t before = (chance(65) ? 1 : 0) + (chance(25) ? 1 : 0), after = before == 0;
   if (r.anchor == kElementwise) before += 2;
-  while (after < 3 && chance(55)) ++after;
+  while (after < 3 && chance(48)) ++after;
   for (int64_t i = 0; i < before; ++i) {
     r.prologue.push_back(link(
         {Link::kUnary,     Link::kUnary,       Link::kScale,     Link::kBinary,  Link::kBinary,
          Link::kGroupNorm, Link::kGroupNorm,   Link::kLayerNorm, Link::kSoftmax, Link::kPermute,
          Link::kPermute,   Link::kReshape,     Link::kSlice,     Link::kPad,     Link::kConcat,
-         Link::kConcat,    Link::kContraction, Link::kBroadcast, Link::kGather,  Link::kUpsample}));
+         Link::kConcat,    Link::kContraction, Link::kBroadcast, Link::kGather,  Link::kUpsample,
+         Link::kMeeting,   Link::kMeeting,     Link::kMeeting,   Link::kMeeting, Link::kParts,
+         Link::kParts,     Link::kBeside,      Link::kReduced,   Link::kReduced, Link::kGram}));
   }
   for (int64_t i = 0; i < after; ++i) {
     r.epilogue.push_back(
@@ -207,7 +216,10 @@ inline Region MakeRegion(uint64_t seed) {
               Link::kReshape,       Link::kSlice,      Link::kPad,      Link::kConcat,
               Link::kContraction,   Link::kBias,       Link::kBias,     Link::kTimeEmbedding,
               Link::kTimeEmbedding, Link::kResidual,   Link::kResidual, Link::kGated,
-              Link::kStatistics,    Link::kStatistics, Link::kOutput,   Link::kTwice}));
+              Link::kStatistics,    Link::kStatistics, Link::kOutput,   Link::kTwice,
+              Link::kMeeting,       Link::kMeeting,    Link::kMeeting,  Link::kParts,
+              Link::kParts,         Link::kBeside,     Link::kReduced,  Link::kReduced,
+              Link::kGram,          Link::kUpdate,     Link::kUpdate}));
   }
   return r;
 }
