@@ -92,8 +92,8 @@ void Run(const Command& command) {
 
 }  // namespace
 
-void AddBench(CLI::App& app, Selected& selected) {
-  CLI::App* bench = app.add_subcommand(
+void AddBench(Options& app, Selected& selected) {
+  Options* bench = app.add_subcommand(
       "bench", "Time models, kernels and layers, eager beside compiled, beside the FMA peak");
   bench->footer(
       "Examples: calotype bench --unet toy16,attn32 --batch 1,64 --train\n"
@@ -111,14 +111,14 @@ void AddBench(CLI::App& app, Selected& selected) {
   bench->add_option("--batch,--batch-size", command->batches, "Batch sizes")
       ->delimiter(',')
       ->take_all()
-      ->check(CLI::Range(1, 4096))
+      ->check(Range(1, 4096))
       ->capture_default_str();
   bench->add_option("--tokens", command->tokens, "Length of the contexts of --unet")
       ->capture_default_str()
-      ->check(CLI::Range(1, 4096));
+      ->check(Range(1, 4096));
   bench->add_option("--seconds", command->seconds, "Time for each measurement")
       ->capture_default_str()
-      ->check(CLI::Range(0.0, 3600.0));
+      ->check(Range(0.0, 3600.0));
   bench->add_flag("--train", command->train, "Also the training step (AdamW)");
   bench->add_flag("--kernels", command->kernels,
                   "Also single kernels and layers in the sizes of Stable Diffusion 1.5");

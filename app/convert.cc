@@ -9,8 +9,8 @@
 
 namespace calotype::app {
 
-void AddConvert(CLI::App& app, Selected& selected) {
-  CLI::App* convert = app.add_subcommand(
+void AddConvert(Options& app, Selected& selected) {
+  Options* convert = app.add_subcommand(
       "convert", "Convert a Stable Diffusion 1.x or 2.x model: single file to folder and back");
   convert->footer(
       "Examples:\n"

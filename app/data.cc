@@ -9,10 +9,10 @@
 
 namespace calotype::app {
 
-void AddData(CLI::App& app, Selected& selected) {
-  CLI::App* data = app.add_subcommand("data", "Make a folder of captioned pictures to train on");
+void AddData(Options& app, Selected& selected) {
+  Options* data = app.add_subcommand("data", "Make a folder of captioned pictures to train on");
   data->require_subcommand(1);
-  CLI::App* emoji = data->add_subcommand(
+  Options* emoji = data->add_subcommand(
       "emoji", "The emoji of Debian's fonts-noto-color-emoji with their names");
   emoji->footer("Example: calotype data emoji --out emoji --size 32");
   struct Command {

@@ -10,13 +10,13 @@
 
 namespace calotype::app {
 
-void AddDemo(CLI::App& app, Selected& selected) {
-  CLI::App* command = app.add_subcommand(
+void AddDemo(Options& app, Selected& selected) {
+  Options* command = app.add_subcommand(
       "demo", "Train, compile and sample a small text-to-image model, with figures");
   command->footer("Example: calotype demo --out demo --seed 1");
   auto options = std::make_shared<DemoOptions>();
   auto edit = std::make_shared<bool>(false);
-  CLI::Option* edit_flag =
+  Option* edit_flag =
       command->add_flag("--edit", *edit,
                         "Edit the pictures of the trained demo in the folder, and map their words: "
                         "edit.json, edit.png, heat.png");
@@ -49,7 +49,7 @@ void AddDemo(CLI::App& app, Selected& selected) {
       ->capture_default_str();
   for (const char* trains :
        {"--optimizer", "--backend", "--steps", "--resume", "--seeds-per-caption"}) {
-    edit_flag->excludes(command->get_option(trains));
+    edit_flag->excludes(trains);
   }
   command->callback([options, edit, &selected] {
     selected.run = [options, edit, &selected] {

@@ -77,8 +77,8 @@ void Run(Command& command, bool quiet) {
 
 }  // namespace
 
-void AddEdit(CLI::App& app, Selected& selected) {
-  CLI::App* edit = app.add_subcommand(
+void AddEdit(Options& app, Selected& selected) {
+  Options* edit = app.add_subcommand(
       "edit", "Draw a picture, and the same picture for other prompts (Prompt-to-Prompt)");
   edit->footer(
       "Writes OUT-000.png for the prompt and OUT-001.png, ... for the edit prompts. Example:\n"

@@ -50,8 +50,8 @@ void Run(const Command& command) {
 
 }  // namespace
 
-void AddGraph(CLI::App& app, Selected& selected) {
-  CLI::App* graph =
+void AddGraph(Options& app, Selected& selected) {
+  Options* graph =
       app.add_subcommand("graph", "Print a model's computation graph, or its compiled regions");
   graph->footer(
       "Examples:\n"
@@ -70,7 +70,7 @@ void AddGraph(CLI::App& app, Selected& selected) {
       ->capture_default_str();
   graph->add_option("--batch,--batch-size", command->batch, "Batch size")
       ->capture_default_str()
-      ->check(CLI::Range(1, 65536));
+      ->check(Range(1, 65536));
   graph->callback([command, &selected] { selected.run = [command] { Run(*command); }; });
 }
 

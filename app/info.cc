@@ -70,8 +70,8 @@ void PrintProgram() {
 
 }  // namespace
 
-void AddInfo(CLI::App& app, Selected& selected) {
-  CLI::App* info = app.add_subcommand(
+void AddInfo(Options& app, Selected& selected) {
+  Options* info = app.add_subcommand(
       "info", "Say what a model, safetensors file or picture holds, or what this program can do");
   info->footer(
       "Examples:\n  calotype info run\n  calotype info x.png\n  calotype info "

@@ -85,19 +85,19 @@ void Merge(const Command& command, bool quiet) {
   fmt::print("{}\n", command.out.string());
 }
 
-CLI::Option* AddAllowUnmatched(CLI::App* app, Command& command) {
+Option* AddAllowUnmatched(Options* app, Command& command) {
   return app->add_flag("--allow-unmatched", command.allow_unmatched,
                        "Leave out modules that the model does not have, instead of stopping");
 }
 
 }  // namespace
 
-void AddLora(CLI::App& app, Selected& selected) {
-  CLI::App* lora = app.add_subcommand("lora", "Look at, convert and merge LoRA files");
+void AddLora(Options& app, Selected& selected) {
+  Options* lora = app.add_subcommand("lora", "Look at, convert and merge LoRA files");
   lora->require_subcommand(1);
   auto command = std::make_shared<Command>();
 
-  CLI::App* info = lora->add_subcommand("info", "What a file holds");
+  Options* info = lora->add_subcommand("info", "What a file holds");
   info->add_option("file", command->file, "LoRA file")->required();
   info->add_option("-m,--model", command->model, "Model folder: also check that the file fits it");
   AddAllowUnmatched(info, *command)->needs("--model");
@@ -105,7 +105,7 @@ void AddLora(CLI::App& app, Selected& selected) {
     selected.run = [command, &selected] { Info(*command, selected.quiet); };
   });
 
-  CLI::App* convert = lora->add_subcommand("convert", "Write a file in another spelling");
+  Options* convert = lora->add_subcommand("convert", "Write a file in another spelling");
   convert->footer(
       "Example:\n  calotype lora convert a.safetensors --format kohya --out b.safetensors");
   convert->add_option("file", command->file, "LoRA file")->required();
@@ -118,7 +118,7 @@ void AddLora(CLI::App& app, Selected& selected) {
     selected.run = [command, &selected] { Convert(*command, selected.quiet); };
   });
 
-  CLI::App* merge = lora->add_subcommand("merge", "Write a model folder with LoRAs merged in");
+  Options* merge = lora->add_subcommand("merge", "Write a model folder with LoRAs merged in");
   merge->footer("Example:\n  calotype lora merge --model sd --lora a.safetensors:0.8 --out merged");
   merge->add_option("-m,--model", command->model, "Model folder")->required();
   merge->add_option("--lora", command->loras, "FILE or FILE:WEIGHT; may be given several times")

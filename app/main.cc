@@ -71,21 +71,22 @@ int Main(int argc, char** argv) {
   app.fallthrough();
   int threads = 0;
   Selected selected;
-  app.add_option("-t,--threads", threads, "Threads to use [all processors of this process]")
-      ->check(CLI::Range(1, 1024));
-  app.add_flag("-q,--quiet", selected.quiet, "No progress on stderr");
-  AddDemo(app, selected);
-  AddTrain(app, selected);
-  AddTrainLora(app, selected);
-  AddSample(app, selected);
-  AddEdit(app, selected);
-  AddLora(app, selected);
-  AddData(app, selected);
-  AddConvert(app, selected);
-  AddBench(app, selected);
-  AddInfo(app, selected);
-  AddGraph(app, selected);
-  AddUNet(app, selected);
+  Options options(&app);
+  options.add_option("-t,--threads", threads, "Threads to use [all processors of this process]")
+      ->check(Range(1, 1024));
+  options.add_flag("-q,--quiet", selected.quiet, "No progress on stderr");
+  AddDemo(options, selected);
+  AddTrain(options, selected);
+  AddTrainLora(options, selected);
+  AddSample(options, selected);
+  AddEdit(options, selected);
+  AddLora(options, selected);
+  AddData(options, selected);
+  AddConvert(options, selected);
+  AddBench(options, selected);
+  AddInfo(options, selected);
+  AddGraph(options, selected);
+  AddUNet(options, selected);
   try {
     app.parse(Arguments(argc, argv));
   } catch (const CLI::Success& e) {

@@ -94,8 +94,8 @@ void Run(Command& command, bool quiet) {
 
 }  // namespace
 
-void AddSample(CLI::App& app, Selected& selected) {
-  CLI::App* sample = app.add_subcommand("sample", "Draw pictures from prompts");
+void AddSample(Options& app, Selected& selected) {
+  Options* sample = app.add_subcommand("sample", "Draw pictures from prompts");
   sample->footer(
       "Example:\n"
       "  calotype sample --model run --prompt \"a large blue cross on a gray background\" --steps "

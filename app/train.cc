@@ -47,9 +47,8 @@ void Run(Command& command, bool quiet) {
 
 }  // namespace
 
-void AddTrain(CLI::App& app, Selected& selected) {
-  CLI::App* train =
-      app.add_subcommand("train", "Train a text-to-image model on captioned pictures");
+void AddTrain(Options& app, Selected& selected) {
+  Options* train = app.add_subcommand("train", "Train a text-to-image model on captioned pictures");
   train->footer(
       "Examples:\n"
       "  calotype train --data emoji --unet small32 --out run --batch-size 32 --steps 3000\n"

@@ -41,14 +41,14 @@ std::set<std::string> TrainFlags::Chosen() const {
   return chosen;
 }
 
-void AddRunFolder(CLI::App& app, TrainFlags& flags, const std::string& content) {
+void AddRunFolder(Options& app, TrainFlags& flags, const std::string& content) {
   app.add_option("-o,--out,--output,--output-dir", flags.folder, "Run folder: " + content)
       ->required();
   app.add_flag("--resume", flags.resume,
                "Continue the run in the folder from its newest checkpoint");
   app.add_option("--resume-from-checkpoint", flags.resume_from,
                  "The same, as diffusers' scripts spell it")
-      ->check(CLI::IsMember({"latest"}));
+      ->check(IsMember({"latest"}));
 }
 
 std::string SpellingsOf(const std::string& field) {

@@ -2,7 +2,6 @@
 // name, the run folder and --resume.
 #pragma once
 
-#include <CLI/CLI.hpp>
 #include <filesystem>
 #include <map>
 #include <set>
@@ -17,7 +16,7 @@ struct TrainFlags {
   std::filesystem::path folder;
   bool resume = false;
   std::string resume_from;
-  std::map<std::string, CLI::Option*> given;  // by field
+  std::map<std::string, Option*> given;  // by field
 
   bool Resume() const { return resume || !resume_from.empty(); }
   // The fields whose options are on the command line.
@@ -25,15 +24,15 @@ struct TrainFlags {
 };
 
 // --out and --resume with their other spellings; `content` is what the folder holds.
-void AddRunFolder(CLI::App& app, TrainFlags& flags, const std::string& content);
+void AddRunFolder(Options& app, TrainFlags& flags, const std::string& content);
 
 // "--learning-rate,--lr" for learning_rate.
 std::string SpellingsOf(const std::string& field);
 
 // The option of a field.
 template <class Field>
-void AddField(CLI::App& app, TrainFlags& flags, const char* name, Field& field, const char* help) {
-  CLI::Option*& option = flags.given[name];
+void AddField(Options& app, TrainFlags& flags, const char* name, Field& field, const char* help) {
+  Option*& option = flags.given[name];
   if constexpr (std::is_same_v<Field, bool>) {
     option = app.add_flag(SpellingsOf(name), field, help);
   } else {

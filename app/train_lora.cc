@@ -29,9 +29,9 @@ void Run(Command& command, bool quiet) {
 
 }  // namespace
 
-void AddTrainLora(CLI::App& app, Selected& selected) {
+void AddTrainLora(Options& app, Selected& selected) {
   // The program's main function takes `train lora` for this name.
-  CLI::App* train = app.add_subcommand("train-lora", "(train lora) Train a LoRA for a model");
+  Options* train = app.add_subcommand("train-lora", "(train lora) Train a LoRA for a model");
   train->footer(
       "Examples:\n"
       "  calotype train lora --model sd --data pictures --rank 4 --out run\n"

@@ -187,8 +187,8 @@ void Run(const Command& command) {
 
 }  // namespace
 
-void AddUNet(CLI::App& app, Selected& selected) {
-  CLI::App* unet = app.add_subcommand("unet", "Run a diffusers model folder on given tensors");
+void AddUNet(Options& app, Selected& selected) {
+  Options* unet = app.add_subcommand("unet", "Run a diffusers model folder on given tensors");
   unet->footer(
       "Example: calotype unet --model run/unet --inputs in.safetensors --output out.safetensors\n"
       "Inputs: sample [B, C, H, W], timestep [B] or [1], encoder_hidden_states [B, S, D], and if "
@@ -209,7 +209,7 @@ void AddUNet(CLI::App& app, Selected& selected) {
                  "compile cache; for jit");
   unet->add_option("--repeat", command->repeat, "Calls to time")
       ->capture_default_str()
-      ->check(CLI::Range(1, 1000000));
+      ->check(Range(1, 1000000));
   unet->add_option("--json", command->json, "File for the figures");
   unet->add_flag("--on-demand", command->on_demand,
                  "Then time further calls on demand: for each line \"run SECONDS\" of standard "
