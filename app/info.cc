@@ -46,7 +46,8 @@ void PrintModel(const fs::path& folder) {
              model->context_width());
   if (CaptionEncoder* encoder = model->caption_encoder()) {
     fmt::print("  caption encoder: {} parameters, {} words, reads {} of a caption\n",
-               encoder->ParameterCount(), model->vocabulary_size(), model->caption_tokens());
+               encoder->ParameterCount(), model->vocabulary_size(),
+               model->caption_tokenizer()->capacity());
   } else {
     fmt::print("  text encoder: CLIP, {} parameters, vocabulary of {}, reads {} tokens\n",
                model->text_encoder()->ParameterCount(), model->vocabulary_size(),

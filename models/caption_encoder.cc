@@ -1,5 +1,7 @@
 #include "models/caption_encoder.h"
 
+#include <limits>
+
 #include "graph/functions.h"
 #include "models/json_fields.h"
 
@@ -15,6 +17,7 @@ void VisitFields(C& c, Fields& fields) {
   fields.Field("hidden_size", c.hidden_size);
   fields.Field("num_layers", c.num_layers);
   fields.Field("num_attention_heads", c.num_attention_heads);
+  fields.Field("causal", c.causal);
   fields.Field("final_layer_norm", c.final_layer_norm);
 }
 
@@ -81,7 +84,17 @@ std::vector<Value> CaptionEncoder::ExportComputationGraph(ComputationGraph& grap
   for (int64_t i = 0; i < ids.dim(1); ++i) positions.push_back(i);
   Value x = token_embedding_->Call(ids) +
             position_embedding_->Call(graph.Constant(Tensor::From({ids.dim(1)}, positions)));
-  for (auto* block : blocks_) x = block->Call(x);
+  Value mask;  // [B, T, T], added to the scores
+  if (config_.causal && !blocks_.empty()) {
+    const int64_t t = ids.dim(1);
+    Tensor after = Tensor::Zeros({1, t, t});
+    for (int64_t i = 0; i < t; ++i) {
+      for (int64_t j = i + 1; j < t; ++j)
+        after.data()[i * t + j] = -std::numeric_limits<float>::infinity();
+    }
+    mask = Broadcast(graph.Constant(after), {ids.dim(0), t, t});
+  }
+  for (auto* block : blocks_) x = block->Call({x, Value{}, mask});
   if (final_layer_norm_) x = final_layer_norm_->Call(x);
   return {x};
 }

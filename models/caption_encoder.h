@@ -16,10 +16,11 @@ namespace calotype {
 
 struct CaptionEncoderConfig {
   std::vector<std::string> vocabulary = {"<pad>", "<unk>"};  // see CaptionTokenizer
-  int64_t max_length = 8;                                    // T, words of a caption
+  int64_t max_length = 8;                                    // T, tokens of a row
   int64_t hidden_size = 64;                                  // D: the U-Net's cross_attention_dim
   int64_t num_layers = 0;                                    // transformer blocks
   int64_t num_attention_heads = 4;
+  bool causal = false;  // in the blocks, a token sees itself and those before it, as in CLIP
   bool final_layer_norm = false;
 
   CaptionTokenizer Tokenizer() const { return {vocabulary, max_length}; }
@@ -34,7 +35,7 @@ struct CaptionEncoderConfig {
 //   x = token_embedding[ids] + position_embedding[0..T)
 //   each block: x += attn1(norm1(x)), x += ff(norm3(x))
 //   y = final_layer_norm(x) if there is one
-// Padding is a word like others: it is not masked.
+// Padding is a word like others: it is not masked (with `causal`, the words before it do not see it).
 class CaptionEncoder : public Layer {
  public:
   explicit CaptionEncoder(const CaptionEncoderConfig& config);

@@ -35,9 +35,13 @@ CaptionTokenizer::CaptionTokenizer(std::vector<std::string> vocabulary, int64_t 
   Check(length > 0, "caption tokenizer: length {} must be positive", length);
   Check(vocabulary_.size() >= 2 && vocabulary_[kPad] == "<pad>" && vocabulary_[kUnknown] == "<unk>",
         "caption tokenizer: the vocabulary must start with <pad>, <unk>");
+  if (vocabulary_.size() > 2 && vocabulary_[2] == "<start>") start_ = 2;
+  Check(capacity() > 0, "caption tokenizer: length {} leaves no place for a word behind <start>",
+        length);
+  const size_t marks = start_ ? 3 : 2;
   for (size_t i = 0; i < vocabulary_.size(); ++i) {
     const std::string& word = vocabulary_[i];
-    Check(i < 2 || CaptionWords(word) == std::vector{word},
+    Check(i < marks || CaptionWords(word) == std::vector{word},
           "caption tokenizer: vocabulary entry {} is '{}', not a lower-case word", i, word);
     Check(ids_.emplace(word, static_cast<int64_t>(i)).second,
           "caption tokenizer: '{}' is in the vocabulary twice", word);
@@ -49,12 +53,12 @@ std::vector<std::string> CaptionTokenizer::BuildVocabulary(std::span<const std::
   for (const std::string& caption : captions) {
     for (std::string& word : CaptionWords(caption)) words.insert(std::move(word));
   }
-  std::vector<std::string> vocabulary = {"<pad>", "<unk>"};
+  std::vector<std::string> vocabulary = {"<pad>", "<unk>", "<start>"};
   vocabulary.insert(vocabulary.end(), words.begin(), words.end());
   return vocabulary;
 }
 
-CaptionTokenizer::Encoded CaptionTokenizer::Encode(std::string_view text) const {
+CaptionTokenizer::Encoded CaptionTokenizer::Tokenize(std::string_view text) const {
   Encoded result;
   for (const std::string& word : CaptionWords(text)) {
     ++result.words;
@@ -62,13 +66,19 @@ CaptionTokenizer::Encoded CaptionTokenizer::Encode(std::string_view text) const 
     if (it == ids_.end() && std::ranges::find(result.unknown, word) == result.unknown.end()) {
       result.unknown.push_back(word);
     }
-    if (static_cast<int64_t>(result.ids.size()) < length_) {
-      result.ids.push_back(it == ids_.end() ? kUnknown : it->second);
-    } else {
-      result.cut.push_back(word);
-    }
+    result.ids.push_back(it == ids_.end() ? kUnknown : it->second);
   }
-  result.ids.resize(static_cast<size_t>(length_), kPad);
+  return result;
+}
+
+CaptionTokenizer::Encoded CaptionTokenizer::Encode(std::string_view text) const {
+  Encoded result = Tokenize(text);
+  if (result.words > capacity()) {
+    std::vector<std::string> words = CaptionWords(text);
+    result.cut.assign(words.begin() + capacity(), words.end());
+  }
+  result.ids.resize(static_cast<size_t>(capacity()), kPad);
+  if (start_) result.ids.insert(result.ids.begin(), *start_);
   return result;
 }
 

@@ -213,14 +213,14 @@ Tensor DiffusionModel::Tokens(std::span<const std::string> texts, const Warn& wa
     CaptionTokenizer::Encoded encoded = words_->Encode(text);
     Check(encoded.words == 0 || static_cast<int64_t>(encoded.unknown.size()) == 0 ||
               std::count(encoded.ids.begin(), encoded.ids.end(), CaptionTokenizer::kUnknown) <
-                  std::min(encoded.words, length),
+                  std::min(encoded.words, words_->capacity()),
           "prompt \"{}\": the model knows none of its words ({})", text,
           fmt::join(encoded.unknown, ", "));
     for (const std::string& word : encoded.unknown)
       report(fmt::format("the model does not know the word \"{}\"; taken as <unk>", word));
     for (const std::string& word : encoded.cut) {
       report(fmt::format("prompt \"{}\": \"{}\" is behind the {} words that the model reads", text,
-                         word, length));
+                         word, words_->capacity()));
     }
     row = std::copy(encoded.ids.begin(), encoded.ids.end(), row);
   }

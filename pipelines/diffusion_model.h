@@ -82,6 +82,8 @@ class DiffusionModel : public Layer {
   CaptionEncoder* caption_encoder() { return caption_encoder_; }
   CLIPTextModel* text_encoder() { return text_encoder_; }
   const CLIPTokenizer* tokenizer() const { return tokenizer_.get(); }  // of text_encoder
+  // That of a caption encoder; null for CLIP.
+  const CaptionTokenizer* caption_tokenizer() const { return words_ ? &*words_ : nullptr; }
   AutoencoderKL* vae() { return vae_; }                                // null: samples are pictures
 
   // CLIP and an autoencoder. As in diffusers' pipeline the schedule then has steps_offset 1 and

@@ -71,6 +71,9 @@ PromptEncoder MakePromptEncoder(TextToImagePipeline& pipeline, int64_t clip_skip
     encoder.bos = tokenizer->bos();
     encoder.eos = tokenizer->eos();
     encoder.pad = tokenizer->pad();
+    // A vocabulary without a comma gives its unknown token, which decodes to nothing.
+    std::vector<int64_t> comma = tokenizer->Tokenize(",");
+    if (comma.size() == 1 && tokenizer->Decode(comma).starts_with(',')) encoder.comma = comma[0];
     encoder.tokenize = [tokenizer](std::string_view text) { return tokenizer->Tokenize(text); };
     // Few prompts need a mask, so that graph is interpreted.
     auto masked = std::make_shared<std::unique_ptr<GraphRunner>>();
@@ -93,13 +96,11 @@ PromptEncoder MakePromptEncoder(TextToImagePipeline& pipeline, int64_t clip_skip
   }
   encoder.pad = CaptionTokenizer::kPad;
   encoder.restore_mean = false;
+  const CaptionTokenizer* words = model.caption_tokenizer();
+  encoder.bos = words->start();
   auto reported = std::make_shared<std::set<std::string>>();
-  encoder.tokenize = [&model, warn, reported](std::string_view text) {
-    std::vector<std::string> words = CaptionWords(text);
-    if (words.empty()) return std::vector<int64_t>{};
-    CaptionTokenizer tokenizer(model.caption_encoder()->config().vocabulary,
-                               static_cast<int64_t>(words.size()));
-    CaptionTokenizer::Encoded encoded = tokenizer.Encode(text);
+  encoder.tokenize = [words, warn, reported](std::string_view text) {
+    CaptionTokenizer::Encoded encoded = words->Tokenize(text);
     for (const std::string& word : encoded.unknown) {
       if (warn && reported->insert(word).second) {
         warn(fmt::format("the model does not know the word \"{}\"; taken as <unk>", word));
@@ -125,7 +126,9 @@ Tensor EncodeA1111(const PromptEncoder& encoder, std::span<const WeightedText> r
   std::vector<Chunk> chunks;
   std::vector<int64_t> ids;
   std::vector<float> weights;
+  std::optional<size_t> last_comma;  // place in ids
   auto end_chunk = [&] {
+    last_comma.reset();
     chunks.push_back(Wrap(encoder, std::exchange(ids, {}), std::exchange(weights, {}),
                           encoder.eos.value_or(encoder.pad)));
   };
@@ -135,6 +138,20 @@ Tensor EncodeA1111(const PromptEncoder& encoder, std::span<const WeightedText> r
       continue;
     }
     for (int64_t id : encoder.tokenize(run.text)) {
+      const bool full = static_cast<int64_t>(ids.size()) == encoder.capacity();
+      if (encoder.comma && id == *encoder.comma) {
+        last_comma = ids.size();
+      } else if (full && last_comma &&
+                 static_cast<int64_t>(ids.size() - *last_comma) <= options.comma_backtrack) {
+        auto behind = static_cast<int64_t>(*last_comma) + 1;
+        std::vector<int64_t> moved(ids.begin() + behind, ids.end());
+        std::vector<float> moved_weights(weights.begin() + behind, weights.end());
+        ids.resize(static_cast<size_t>(behind));
+        weights.resize(static_cast<size_t>(behind));
+        end_chunk();
+        ids = std::move(moved);
+        weights = std::move(moved_weights);
+      }
       if (static_cast<int64_t>(ids.size()) == encoder.capacity()) end_chunk();
       ids.push_back(id);
       weights.push_back(static_cast<float>(run.weight));

@@ -80,16 +80,16 @@ PromptTokens TokenizePrompt(const DiffusionModel& model, std::string_view text) 
     result.ids.push_back(tokenizer->eos());
     return result;
   }
+  const CaptionTokenizer& tokenizer = *model.caption_tokenizer();
   result.words = CaptionWords(text);
-  std::string copy(text);
-  Tensor row = model.Tokens(std::span(&copy, 1), [](const std::string&) {});
-  for (size_t i = 0; i < result.words.size(); ++i) {
-    auto at = static_cast<int64_t>(i);
-    result.positions.emplace_back();
-    if (at >= result.length) continue;
-    result.positions.back().push_back(at);
-    result.ids.push_back(row.data<int64_t>()[at]);
-  }
+  std::vector<int64_t> ids = tokenizer.Tokenize(text).ids;
+  ids.resize(std::min(ids.size(), static_cast<size_t>(tokenizer.capacity())));
+  if (tokenizer.start()) result.ids.push_back(*tokenizer.start());
+  const auto first = static_cast<int64_t>(result.ids.size());
+  result.ids.insert(result.ids.end(), ids.begin(), ids.end());
+  result.positions.resize(result.words.size());
+  for (size_t i = 0; i < ids.size(); ++i)
+    result.positions[i].push_back(first + static_cast<int64_t>(i));
   return result;
 }
 

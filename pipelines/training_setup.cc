@@ -122,8 +122,9 @@ std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dat
   }
   CaptionEncoderConfig encoder;
   encoder.vocabulary = CaptionTokenizer::BuildVocabulary(captions);
-  encoder.max_length =
+  const int64_t words =
       options.caption_tokens > 0 ? options.caption_tokens : LongestCaption(captions);
+  encoder.max_length = 1 + words;  // <start> and the words
   encoder.hidden_size = unet.cross_attention_dim[0];
   encoder.num_layers = options.caption_layers;
   auto model = std::make_unique<DiffusionModel>(DiffusionModelConfig{

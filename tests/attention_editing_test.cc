@@ -21,6 +21,7 @@
 #include "tests/expect_error.h"
 #include "tests/run_program.h"
 #include "tests/temp_folder.h"
+#include "tests/tiny_model.h"
 #include "tests/tiny_unet.h"
 
 namespace calotype {
@@ -48,30 +49,6 @@ Tensor Row(const Tensor& x, int64_t i) {
   Tensor row(x.shape().With(0, 1));
   std::copy_n(x.data() + i * row.elements(), row.elements(), row.data());
   return row;
-}
-
-// `sharpness`: factor of queries and keys, so that probabilities are not next to equal.
-std::unique_ptr<DiffusionModel> TinyModel(float sharpness = 2) {
-  SetThreads(1);
-  CaptionEncoderConfig encoder;
-  encoder.vocabulary = {"<pad>", "<unk>", "a", "blue", "circle", "large", "red", "square"};
-  encoder.hidden_size = 8;
-  encoder.num_attention_heads = 2;
-  SchedulerConfig scheduler;
-  scheduler.type = "DDIMScheduler";
-  scheduler.prediction_type =
-      "v_prediction";  // does not multiply rounding errors at the first steps
-  auto model = std::make_unique<DiffusionModel>(UNet2DConditionConfig::FromJson(test::kTinyUNet),
-                                                encoder, scheduler);
-  model->Initialize(5);
-  for (const ParameterPtr& p : model->NamedParameters()) {
-    if (p->name().find("to_q") != std::string::npos ||
-        p->name().find("to_k") != std::string::npos) {
-      for (float& w : p->Write().values()) w *= sharpness;
-    }
-  }
-  model->SetTrainingMode(false);
-  return model;
 }
 
 // ---------------------------------------------------------------- the hook
@@ -159,7 +136,7 @@ class UNetHookTest : public ::testing::Test {
                        return results;
                      });
   }
-  std::unique_ptr<DiffusionModel> model_ = TinyModel();
+  std::unique_ptr<DiffusionModel> model_ = test::TinyModel({.sharpness = 2});
   std::vector<AttentionPlace> places_;
   std::vector<Tensor> inputs_ = {Normal({2, 3, 16, 16}, 1), Tensor::Full({2}, 400),
                                  Normal({2, 8, 8}, 2)};
@@ -378,7 +355,7 @@ class EditTest : public ::testing::Test {
     options.prompts = {prompt};
     return pipeline.Generate(options);
   }
-  std::unique_ptr<DiffusionModel> model_ = TinyModel();
+  std::unique_ptr<DiffusionModel> model_ = test::TinyModel({.sharpness = 2});
   TextToImagePipeline eager_{*model_, Backend::kEager}, jit_{*model_, Backend::kJit};
   GenerateOptions options_{.seeds = {3}, .steps = 4, .guidance_scale = 3};
 };
@@ -469,7 +446,7 @@ TEST(HeatMapTest, SidesOfMaps) {
 }
 
 TEST(HeatMapTest, MapsOfAllTokensAddToTheSteps) {
-  auto model = TinyModel(/*sharpness=*/1);  // so that the cubic stays above 0
+  auto model = test::TinyModel();  // so that the cubic stays above 0
   TextToImagePipeline pipeline(*model, Backend::kJit);
   GenerateOptions options{.prompts = {"a red circle", "a blue square", "a red circle"},
                           .seeds = {1, 2, 1},
@@ -546,6 +523,7 @@ void SaveUntrained(const std::filesystem::path& folder) {
   }
   CaptionEncoderConfig encoder;
   encoder.vocabulary = CaptionTokenizer::BuildVocabulary(captions);
+  encoder.max_length = 9;  // <start> and 8 words
   encoder.hidden_size = 8;
   encoder.num_attention_heads = 2;
   SchedulerConfig scheduler;

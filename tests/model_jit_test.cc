@@ -248,14 +248,17 @@ TEST(ModelJit, CaptionEncoderWithGradients) {
   config.vocabulary = {"<pad>", "<unk>", "a", "blue", "circle", "red", "square"};
   config.hidden_size = 16;
   config.num_layers = 1;
-  CaptionEncoder encoder(config);
-  encoder.Initialize(1);
   const int64_t tokens = config.max_length;
   std::vector<int64_t> ids(2 * tokens);
   for (size_t i = 0; i < ids.size(); ++i)
     ids[i] = static_cast<int64_t>(i * 3 % config.vocabulary.size());
-  ExpectGradientsMatch(encoder, {{"ids", {DType::kI64, {2, tokens}}}},
-                       {Tensor::From(Shape{2, tokens}, ids)}, 1e-5);
+  for (bool causal : {false, true}) {
+    config.causal = causal;
+    CaptionEncoder encoder(config);
+    encoder.Initialize(1);
+    ExpectGradientsMatch(encoder, {{"ids", {DType::kI64, {2, tokens}}}},
+                         {Tensor::From(Shape{2, tokens}, ids)}, 1e-5);
+  }
 }
 
 TEST(ModelJit, DiffusionCrossAttentionWithGradients) {

@@ -485,16 +485,26 @@ TEST(CaptionTokenizerTest, WordsAndIds) {
   std::vector<std::string> captions = {"a red dog", "A blue dog."};
   CaptionTokenizer tokenizer(CaptionTokenizer::BuildVocabulary(captions), 4);
   EXPECT_EQ(tokenizer.vocabulary(),
-            (std::vector<std::string>{"<pad>", "<unk>", "a", "blue", "dog", "red"}));
+            (std::vector<std::string>{"<pad>", "<unk>", "<start>", "a", "blue", "dog", "red"}));
+  EXPECT_EQ(tokenizer.capacity(), 3);
   auto encoded = tokenizer.Encode("a RED cat, cat and dog dog");
-  EXPECT_EQ(encoded.ids, (std::vector<int64_t>{2, 5, 1, 1}));
+  EXPECT_EQ(encoded.ids, (std::vector<int64_t>{2, 3, 6, 1}));
   EXPECT_EQ(encoded.unknown, (std::vector<std::string>{"cat", "and"}));
-  EXPECT_EQ(encoded.cut, (std::vector<std::string>{"and", "dog", "dog"}));
+  EXPECT_EQ(encoded.cut, (std::vector<std::string>{"cat", "and", "dog", "dog"}));
   EXPECT_EQ(encoded.words, 7);
-  EXPECT_EQ(tokenizer.Encode("").ids, (std::vector<int64_t>{0, 0, 0, 0}));
+  EXPECT_EQ(tokenizer.Encode("").ids, (std::vector<int64_t>{2, 0, 0, 0}));
+  encoded = tokenizer.Tokenize("a RED cat, cat and dog dog");
+  EXPECT_EQ(encoded.ids, (std::vector<int64_t>{3, 6, 1, 1, 1, 5, 5}));
+  EXPECT_EQ(encoded.cut, std::vector<std::string>{});
   Tensor rows = tokenizer.EncodeAll(captions);
   EXPECT_EQ(rows.shape(), Shape({2, 4}));
-  EXPECT_EQ(rows.data<int64_t>()[4 + 1], 3);
+  EXPECT_EQ(rows.data<int64_t>()[4 + 2], 4);
+
+  // A vocabulary without a start token: its rows have none.
+  CaptionTokenizer bare({"<pad>", "<unk>", "a", "dog"}, 2);
+  EXPECT_FALSE(bare.start());
+  EXPECT_EQ(bare.Encode("a dog a").ids, (std::vector<int64_t>{2, 3}));
+  EXPECT_EQ(bare.Encode("a dog a").cut, std::vector<std::string>{"a"});
 
   EXPECT_THAT(MessageOf<ValueError>([] { CaptionTokenizer({"a"}, 4); }), HasSubstr("<pad>"));
   EXPECT_THAT(MessageOf<ValueError>([] {
@@ -509,6 +519,14 @@ TEST(CaptionTokenizerTest, WordsAndIds) {
                 CaptionTokenizer({"<pad>", "<unk>"}, 0);
               }),
               HasSubstr("length"));
+  EXPECT_THAT(MessageOf<ValueError>([] {
+                CaptionTokenizer({"<pad>", "<unk>", "<start>"}, 1);
+              }),
+              HasSubstr("behind <start>"));
+  EXPECT_THAT(MessageOf<ValueError>([] {
+                CaptionTokenizer({"<pad>", "<unk>", "a", "<start>"}, 4);
+              }),
+              HasSubstr("'<start>'"));
 }
 
 TEST(CaptionEncoderTest, ConfigRoundTripAndErrors) {
@@ -517,6 +535,7 @@ TEST(CaptionEncoderTest, ConfigRoundTripAndErrors) {
                               .hidden_size = 12,
                               .num_layers = 2,
                               .num_attention_heads = 3,
+                              .causal = true,
                               .final_layer_norm = true};
   EXPECT_EQ(CaptionEncoderConfig::FromJson(config.ToJson()), config);
   auto error = [](const std::string& text) {
@@ -558,6 +577,20 @@ TEST(CaptionEncoderTest, FormulaAndTraining) {
   Tensor after = deep.Forward(changed);
   EXPECT_GT(std::abs(after.data()[0] - before.data()[0]), 1e-4);
   EXPECT_EQ(after.data()[3 * 8], before.data()[3 * 8]);
+
+  // A causal one reads the words before a word alone: the first is as if it stood alone.
+  config.causal = true;
+  CaptionEncoder causal(config);
+  causal.Initialize(1);
+  before = causal.Forward(ids), after = causal.Forward(changed);
+  Tensor alone = causal.Forward(Tensor::From(Shape{2, 1}, std::vector<int64_t>{2, 3}));
+  for (int64_t d = 0; d < 8; ++d) {
+    EXPECT_EQ(after.data()[d], before.data()[d]);
+    EXPECT_EQ(after.data()[8 + d], before.data()[8 + d]);
+    EXPECT_NEAR(before.data()[d], alone.data()[d], 1e-5);
+    EXPECT_NEAR(before.data()[3 * 8 + d], alone.data()[8 + d], 1e-5);
+  }
+  EXPECT_GT(std::abs(after.data()[2 * 8] - before.data()[2 * 8]), 1e-4);
 
   EXPECT_THROW(deep.Forward(Tensor::From(Shape{1, 4}, std::vector<int64_t>{0, 0, 0, 0})),
                ShapeError);

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "core/error.h"
 #include "core/parallel.h"
@@ -19,7 +20,7 @@
 #include "tests/expect_error.h"
 #include "tests/temp_folder.h"
 #include "tests/tiny_stable_diffusion.h"
-#include "tests/tiny_unet.h"
+#include "tests/tiny_model.h"
 
 namespace calotype {
 
@@ -265,22 +266,114 @@ TEST_F(ClipEncodingTest, ChunksWithoutInnerMarkers) {
   EXPECT_EQ(cut, 21 - 18);
 }
 
+TEST(CaptionPromptTest, AStartTokenIsNoWord) {
+  auto model = test::TinyModel({.start = true});
+  TextToImagePipeline pipeline(*model, Backend::kEager);
+  auto plain = [&](const std::string& text) {
+    Tensor z = pipeline.Encode(model->Tokens(std::vector{text}, {}));
+    return z.Reshape({8, 8});
+  };
+  PromptTokens tokens = TokenizePrompt(*model, "a red circle");
+  EXPECT_THAT(tokens.ids, ElementsAre(2, 3, 7, 5));
+  EXPECT_THAT(tokens.Of("red"), ElementsAre(2));
+  tokens = TokenizePrompt(*model, "a a a a a red circle blue square");
+  EXPECT_THAT(tokens.Of("circle"), ElementsAre(7));
+  EXPECT_THAT(MessageOf<ValueError>([&] { tokens.Of("blue"); }), HasSubstr("blue"));
+
+  // Weights and chunks: each chunk has a start of its own, of weight 1.
+  GenerateOptions options;
+  auto encode = [&](const std::string& text, PromptSyntax syntax) {
+    options.prompts = {text};
+    return PromptContexts(pipeline, options, syntax)(0, 0, 4).positive.at(0);
+  };
+  for (PromptSyntax syntax : {PromptSyntax::kA1111, PromptSyntax::kCompel}) {
+    EXPECT_EQ(Difference(encode("a red circle", syntax), plain("a red circle")), 0);
+  }
+  Tensor weighted = encode("(a red:1.5) circle", PromptSyntax::kA1111), z = plain("a red circle");
+  for (int64_t i = 0; i < z.elements(); ++i) {
+    float factor = i / 8 == 1 || i / 8 == 2 ? 1.5f : 1.0f;
+    EXPECT_FLOAT_EQ(weighted.data()[i], factor * z.data()[i]);
+  }
+  Tensor two = encode("a a a a a a red circle", PromptSyntax::kA1111);
+  ASSERT_EQ(two.shape(), Shape({16, 8}));
+  EXPECT_EQ(Difference(Rows(two, 0, 8), plain("a a a a a a red")), 0);
+  EXPECT_EQ(Difference(Rows(two, 8, 16), plain("circle")), 0);
+}
+
+// Chunks of 30 tokens, encoded as their own ids; w1 is token 1 and so on, a comma 99.
+std::vector<std::vector<int>> Chunks(const std::string& text, int64_t backtrack = 20) {
+  PromptEncoder encoder{.length = 32, .bos = 97, .eos = 98, .pad = 98, .comma = 99};
+  encoder.restore_mean = false;
+  encoder.tokenize = [](std::string_view part) {
+    std::vector<int64_t> ids;
+    for (const std::string& word : SplitWords(part)) {
+      ids.push_back(word == "," ? 99 : std::stoi(word.substr(1)));
+    }
+    return ids;
+  };
+  encoder.encode = [](const Tensor& ids, const Tensor&) {
+    Tensor z({1, ids.shape()[1], 1});
+    for (int64_t i = 0; i < z.elements(); ++i) {
+      z.data()[i] = static_cast<float>(ids.data<int64_t>()[i]);
+    }
+    return z;
+  };
+  Tensor z = EncodeA1111(encoder, ParseA1111Weights(text), {.comma_backtrack = backtrack});
+  std::vector<std::vector<int>> chunks;
+  for (int64_t i = 0; i < z.elements(); ++i) {
+    if (i % 32 == 0) chunks.emplace_back();
+    int id = static_cast<int>(z.data()[i]);
+    EXPECT_EQ(i % 32 == 0, id == 97);
+    if (i % 32 == 31) EXPECT_EQ(id, 98);
+    if (id < 97 || id == 99) chunks.back().push_back(id);
+  }
+  return chunks;
+}
+// "w1 w2 .. ", with commas in place of some.
+std::string Words(int count, const std::set<int>& commas) {
+  std::string text;
+  for (int i = 1; i <= count; ++i) text += commas.contains(i) ? ", " : fmt::format("w{} ", i);
+  return text;
+}
+std::vector<size_t> Sizes(const std::vector<std::vector<int>>& chunks) {
+  std::vector<size_t> sizes;
+  for (const auto& chunk : chunks) sizes.push_back(chunk.size());
+  return sizes;
+}
+
+TEST(ChunkTest, EndBehindTheLastCommaIfItIsNear) {
+  EXPECT_THAT(Sizes(Chunks(Words(70, {}))), ElementsAre(30, 30, 10));
+  auto chunks = Chunks(Words(40, {5, 25}));
+  ASSERT_THAT(Sizes(chunks), ElementsAre(25, 15));
+  EXPECT_EQ(chunks[0].back(), 99);
+  EXPECT_EQ(chunks[1][0], 26);
+  EXPECT_EQ(chunks[1].back(), 40);
+  // 20 tokens from the comma on are near, 21 are not.
+  EXPECT_THAT(Sizes(Chunks(Words(40, {11}))), ElementsAre(11, 29));
+  EXPECT_THAT(Sizes(Chunks(Words(40, {10}))), ElementsAre(30, 10));
+  // A comma at the end moves nothing; one behind the end stays with what follows it.
+  EXPECT_THAT(Sizes(Chunks(Words(40, {30}))), ElementsAre(30, 10));
+  chunks = Chunks(Words(40, {25, 31}));
+  ASSERT_THAT(Sizes(chunks), ElementsAre(30, 10));
+  EXPECT_EQ(chunks[1][0], 99);
+  // The next chunk looks for commas of its own.
+  EXPECT_THAT(Sizes(Chunks(Words(80, {25, 45}))), ElementsAre(25, 20, 30, 5));
+  EXPECT_THAT(Sizes(Chunks(Words(40, {25}), 0)), ElementsAre(30, 10));
+  EXPECT_THAT(Sizes(Chunks(Words(40, {25}), 5)), ElementsAre(30, 10));
+  EXPECT_THAT(Sizes(Chunks(Words(40, {25}), 6)), ElementsAre(25, 15));
+  // A BREAK forgets the comma before it.
+  EXPECT_THAT(Sizes(Chunks("w1 , w2 BREAK " + Words(40, {}))), ElementsAre(3, 30, 10));
+}
+
+TEST(ChunkTest, WeightsMoveWithTheirTokens) {
+  // 28 tokens, a comma, a weighted word, and one more.
+  auto chunks = Chunks(Words(28, {}) + ", (w2:3) w4");
+  ASSERT_THAT(Sizes(chunks), ElementsAre(29, 2));
+  EXPECT_THAT(chunks[1], ElementsAre(6, 4));
+}
+
 class ContextTest : public ::testing::Test {
  protected:
-  static std::unique_ptr<DiffusionModel> Model() {
-    SetThreads(1);
-    CaptionEncoderConfig encoder;
-    encoder.vocabulary = {"<pad>", "<unk>", "a", "blue", "circle", "large", "red", "square"};
-    encoder.hidden_size = 8;
-    encoder.num_attention_heads = 2;
-    SchedulerConfig scheduler;
-    scheduler.type = "DDIMScheduler";
-    auto model = std::make_unique<DiffusionModel>(UNet2DConditionConfig::FromJson(test::kTinyUNet),
-                                                  encoder, scheduler);
-    model->Initialize(5);
-    model->SetTrainingMode(false);
-    return model;
-  }
   Tensor Plain(const std::string& text) {
     Tensor z = pipeline_.Encode(model_->Tokens(std::vector{text}, {}));
     return z.Reshape({8, 8});
@@ -296,7 +389,7 @@ class ContextTest : public ::testing::Test {
     if (syntax) options.context = PromptContexts(pipeline_, options, *syntax);
     return pipeline_.Generate(options);
   }
-  std::unique_ptr<DiffusionModel> model_ = Model();
+  std::unique_ptr<DiffusionModel> model_ = test::TinyModel();
   TextToImagePipeline pipeline_{*model_, Backend::kEager};
   GenerateOptions options_{.seeds = {3}, .steps = 4, .guidance_scale = 3};
   std::vector<std::string> warnings_;
