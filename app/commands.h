@@ -16,6 +16,7 @@ struct Selected {
 void AddDemo(Options& app, Selected& selected);
 void AddTrain(Options& app, Selected& selected);
 void AddTrainLora(Options& app, Selected& selected);
+void AddTrainCustomDiffusion(Options& app, Selected& selected);
 void AddSample(Options& app, Selected& selected);
 void AddEdit(Options& app, Selected& selected);
 void AddLora(Options& app, Selected& selected);

@@ -36,10 +36,11 @@ std::vector<std::string> Arguments(int argc, char** argv) {
     auto end = std::find(argument.begin(), argument.end(), '=');
     std::replace(argument.begin() + 2, end, '_', '-');
   }
-  // A command of its own: options of `train` are not all options of `train lora`.
+  // Commands of their own: options of `train` are not all options of `train lora`.
   auto train = std::find(arguments.begin(), arguments.end(), "train");
-  if (train != arguments.end() && train + 1 != arguments.end() && train[1] == "lora") {
-    *train = "train-lora";
+  if (train != arguments.end() && train + 1 != arguments.end() &&
+      (train[1] == "lora" || train[1] == "custom-diffusion")) {
+    *train += "-" + train[1];
     arguments.erase(train + 1);
   }
   std::reverse(arguments.begin(), arguments.end());  // the order that CLI11 takes
@@ -78,6 +79,7 @@ int Main(int argc, char** argv) {
   AddDemo(options, selected);
   AddTrain(options, selected);
   AddTrainLora(options, selected);
+  AddTrainCustomDiffusion(options, selected);
   AddSample(options, selected);
   AddEdit(options, selected);
   AddLora(options, selected);

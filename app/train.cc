@@ -7,6 +7,7 @@
 #include "app/progress.h"
 #include "app/train_flags.h"
 #include "io/file.h"
+#include "pipelines/class_pictures.h"
 #include "pipelines/trainer.h"
 #include "pipelines/training_setup.h"
 
@@ -31,6 +32,7 @@ void Run(Command& command, bool quiet) {
   Validate(options);
   CheckChosen(options, chosen);
   auto warn = [&](const std::string& text) { callbacks.message("warning: " + text); };
+  if (!flags.Resume()) DrawClassPictures(options, callbacks);
   auto data = OpenDataset(options, warn);
   auto model = MakeModel(options, *data, warn);
   callbacks.message(fmt::format("{} captions, {} parameters, {} steps of {}", data->size(),

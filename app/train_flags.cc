@@ -7,7 +7,9 @@ namespace {
 
 // Other spellings of the options, as people know them from other trainers.
 const std::map<std::string, std::string> kAliases = {
-    {"data", ",--train-data-dir"},
+    {"data", ",--train-data-dir,--instance-data-dir"},
+    {"class_data", ",--class-data-dir"},
+    {"no_augmentation", ",--noaug"},
     {"model", ",-m,--pretrained-model-name-or-path"},
     {"unet", ",--preset,--unet-config"},
     {"resolution", ",--size"},

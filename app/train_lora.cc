@@ -43,7 +43,7 @@ void AddTrainLora(Options& app, Selected& selected) {
     AddField(*train, command->flags, name, field, help);
   });
   TrainOptions::Visit(command->options, [&](const char* name, auto& field, const char* help, bool) {
-    if (DecidedByTheModel(name)) return;
+    if (DecidedByTheModel(name) || command->flags.given.contains(name)) return;
     if (std::string_view(name) == "model")
       help = "Folder of the model, which stays as it is: of a run, or Stable Diffusion";
     AddField(*train, command->flags, name, field, help);

@@ -36,7 +36,17 @@ class Dataset {
   // depends on the number of calls alone.
   virtual Tensor image(int64_t index, Random& random) const = 0;
 
-  // True if image(index) is not the same each time.
+  // What one draw for training gives.
+  struct Drawn {
+    Tensor image;
+    int64_t caption = -1;  // which of captions(index) it shows; -1: any
+    Tensor mask = {};      // with masked(): where the loss counts, f32 [1, side, side] of 0 and 1
+  };
+  // image(index), or a variation of it that image does not make. Errors: as image.
+  virtual Drawn draw(int64_t index, Random& random) const { return {image(index, random)}; }
+  virtual bool masked() const { return false; }
+
+  // True if a draw of the picture is not the same each time.
   virtual bool varies(int64_t) const { return true; }
 
   Sample sample(int64_t index, Random& random) const;

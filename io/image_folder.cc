@@ -1,6 +1,7 @@
 #include "io/image_folder.h"
 
 #include <algorithm>
+#include <cctype>
 #include <nlohmann/json.hpp>
 #include <system_error>
 
@@ -61,6 +62,19 @@ std::filesystem::path Inside(const std::filesystem::path& folder, const std::str
 
 }  // namespace
 
+std::vector<std::filesystem::path> PicturesIn(const std::filesystem::path& folder) {
+  std::vector<std::filesystem::path> paths;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
+    std::string end = entry.path().extension().string();
+    std::ranges::transform(end, end.begin(), [](unsigned char c) { return std::tolower(c); });
+    if (end == ".png" || end == ".jpg" || end == ".jpeg") paths.push_back(entry.path());
+  }
+  Check<FileError>(!error, "{}: cannot be read: {}", folder.string(), error.message());
+  std::ranges::sort(paths);
+  return paths;
+}
+
 ImageFolder::ImageFolder(const std::filesystem::path& folder, const Options& options,
                          const WarningCallback& warn)
     : options_(options) {
@@ -70,6 +84,21 @@ ImageFolder::ImageFolder(const std::filesystem::path& folder, const Options& opt
   std::filesystem::path root = std::filesystem::canonical(folder, error);
   Check<FileError>(!error && std::filesystem::is_directory(root, error), "{}: not a folder",
                    folder.string());
+  std::vector<std::filesystem::path> paths;
+  if (!options.caption.empty()) {
+    for (const std::filesystem::path& path : PicturesIn(root)) {
+      entries_.push_back({path.filename().string(), {options.caption}, {}});
+      paths.push_back(path);
+    }
+  } else {
+    ReadList(folder, root, paths);
+  }
+  ReadPictures(folder, paths, warn);
+}
+
+void ImageFolder::ReadList(const std::filesystem::path& folder, const std::filesystem::path& root,
+                           std::vector<std::filesystem::path>& paths) {
+  std::error_code error;
   std::filesystem::path list = folder / "metadata.jsonl";
   Check<FileError>(std::filesystem::exists(list, error),
                    "{}: missing; a data folder holds pictures and metadata.jsonl with lines "
@@ -77,7 +106,6 @@ ImageFolder::ImageFolder(const std::filesystem::path& folder, const Options& opt
                    list.string());
   std::string text = ReadFile(list);
 
-  std::vector<std::filesystem::path> paths;
   std::string_view rest = text;
   for (int64_t number = 1; !rest.empty(); ++number) {
     std::string_view line = rest.substr(0, rest.find('\n'));
@@ -91,7 +119,11 @@ ImageFolder::ImageFolder(const std::filesystem::path& folder, const Options& opt
     entries_.push_back(std::move(entry));
   }
   Check<FileError>(!entries_.empty(), "{}: no pictures are listed", list.string());
+}
 
+void ImageFolder::ReadPictures(const std::filesystem::path& folder,
+                               const std::vector<std::filesystem::path>& paths,
+                               const WarningCallback& warn) {
   std::vector<std::string> failures(entries_.size());
   ParallelFor(size(), 1, [&](int64_t begin, int64_t) {
     try {

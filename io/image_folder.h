@@ -19,6 +19,9 @@ class ImageFolder : public Dataset {
     int side = 64;
     bool center_crop = false;  // else each draw of a picture that is not square cuts another part
     bool random_flip = false;  // each draw is mirrored with probability 1/2
+    // Not empty: the caption of every picture. The pictures are then all .png, .jpg and .jpeg files
+    // of the folder, by name, and metadata.jsonl is not read.
+    std::string caption = "";
   };
   // Reads all pictures now: PNG or JPEG, the short side resized to `side`, kept in memory at 8 bits
   // a channel. A picture that is missing, damaged or longer than 32 times its short side is
@@ -48,11 +51,19 @@ class ImageFolder : public Dataset {
     Image image;  // the short side resized; square with center_crop
   };
   const Entry& At(int64_t index) const;
+  // The steps of the constructor: captions and paths from metadata.jsonl, then the pictures.
+  void ReadList(const std::filesystem::path& folder, const std::filesystem::path& root,
+                std::vector<std::filesystem::path>& paths);
+  void ReadPictures(const std::filesystem::path& folder,
+                    const std::vector<std::filesystem::path>& paths, const WarningCallback& warn);
 
   Options options_;
   int64_t skipped_ = 0;
   std::vector<Entry> entries_;
 };
+
+// The .png, .jpg and .jpeg files of a folder (not of those in it), by name. Errors: FileError.
+std::vector<std::filesystem::path> PicturesIn(const std::filesystem::path& folder);
 
 // A line of metadata.jsonl, with the newline.
 std::string ImageFolderLine(std::string_view file_name, std::string_view text);

@@ -23,6 +23,14 @@ void ShuffleIndices(std::vector<int64_t>& indices, Random random) {
   }
 }
 
+// x as row `row` of `batch`.
+void CopyInto(const Tensor& x, Tensor& batch, size_t row) {
+  const int64_t size = batch.elements() / batch.shape()[0];
+  Check<InternalError>(x.elements() == size, "data set: {} numbers for a row of {}", x.elements(),
+                       batch.shape());
+  std::copy_n(x.data(), size, batch.data() + static_cast<int64_t>(row) * size);
+}
+
 }  // namespace
 
 BatchSource::BatchSource(const Dataset& data, Tensor text, const Options& options)
@@ -95,7 +103,15 @@ Batch BatchSource::Next() {
     ++drawn_;
   }
   Batch batch;
-  batch.images = data_.images(indices, pictures_);
+  std::vector<int64_t> captions(indices.size());  // that the draws show
+  batch.images = Tensor({size, data_.channels(), data_.side(), data_.side()});
+  if (data_.masked()) batch.mask = Tensor({size, 1, data_.side(), data_.side()});
+  for (size_t i = 0; i < indices.size(); ++i) {
+    Dataset::Drawn drawn = data_.draw(indices[i], pictures_);
+    captions[i] = drawn.caption;
+    CopyInto(drawn.image, batch.images, i);
+    if (data_.masked()) CopyInto(drawn.mask, batch.mask, i);
+  }
   batch.noise = noise_.NormalTensor(batch.images.shape());
   if (options_.noise_offset > 0) {
     int64_t planes = size * batch.images.shape()[1], pixels = batch.noise.elements() / planes;
@@ -116,8 +132,11 @@ Batch BatchSource::Next() {
   for (int64_t i = 0; i < size; ++i) {
     batch.timesteps.data<int64_t>()[i] = timesteps_.Integer(options_.timesteps);
     auto picture = static_cast<size_t>(indices[static_cast<size_t>(i)]);
-    int64_t captions = first_row_[picture + 1] - first_row_[picture];
-    int64_t row = first_row_[picture] + (captions > 1 ? choices_.Integer(captions) : 0);
+    int64_t count = first_row_[picture + 1] - first_row_[picture];
+    int64_t caption = captions[static_cast<size_t>(i)];
+    if (caption < 0) caption = count > 1 ? choices_.Integer(count) : 0;
+    Check<InternalError>(caption < count, "data set: caption {} of {}", caption, count);
+    int64_t row = first_row_[picture] + caption;
     bool drop = dropout_.Uniform() < options_.caption_dropout;
     TextInto(batch.text, i, drop ? first_row_.back() : row);
   }

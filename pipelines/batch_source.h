@@ -20,6 +20,7 @@ struct Batch {
   Tensor input_noise;  // what noises the input, if that is another one; else undefined
   Tensor timesteps;    // i64 [B], uniform in [0, T)
   Tensor text;         // i64 [B, L] tokens, or f32 [B, L, D] their embeddings
+  Tensor mask;         // of masked data sets: where the loss counts, [B, 1, side, side]
 };
 
 class BatchSource {

@@ -1,14 +1,18 @@
 #include "pipelines/custom_diffusion.h"
 
-#include <map>
+#include <algorithm>
 #include <set>
-#include <string>
+#include <system_error>
 
+#include "io/file.h"
 #include "io/safetensors.h"
 #include "layers/attention_modules.h"
+#include "pipelines/diffusion_model.h"
 
 namespace calotype {
 namespace {
+
+namespace fs = std::filesystem;
 
 constexpr std::string_view kProcessor = ".processor";
 constexpr std::string_view kMark = "_custom_diffusion";
@@ -28,6 +32,56 @@ std::set<std::string> NamesOf(const nn::CustomDiffusionAttnProcessor2_0& p) {
   if (p.train_q_out) add("to_q_custom_diffusion.weight"), add("to_out_custom_diffusion.0.weight");
   if (p.train_q_out && p.out_bias) add("to_out_custom_diffusion.0.bias");
   return names;
+}
+
+// The file of the copies. Errors: FileError without any.
+CustomDiffusion ReadCopies(const fs::path& path) {
+  CustomDiffusion custom{path, ReadSafetensors(path).tensors, {}};
+  // Modules without copies: diffusers tells them by tensors of no length.
+  std::erase_if(custom.copies, [](const auto& item) {
+    return item.second.elements() == 0 && item.first.ends_with(kProcessor);
+  });
+  Check<FileError>(!custom.copies.empty(), "{}: no tensors", path.string());
+  return custom;
+}
+
+// The processors that the file is of. Errors: FileError naming all tensors that do not fit.
+std::map<std::string, nn::AttentionProcessor> ProcessorsOf(const CustomDiffusion& custom,
+                                                           Layer& unet) {
+  std::map<std::string, nn::AttentionProcessor> processors;
+  std::string problems;
+  size_t found = 0;
+  for (const auto& [module_path, module] : nn::AttentionModules(unet)) {
+    std::string prefix = module_path + std::string(kProcessor);
+    auto has = [&](const char* name) { return custom.copies.contains(prefix + "." + name); };
+    nn::CustomDiffusionAttnProcessor2_0 p{.train_kv = has("to_k_custom_diffusion.weight"),
+                                          .train_q_out = has("to_q_custom_diffusion.weight"),
+                                          .out_bias = has("to_out_custom_diffusion.0.bias")};
+    for (const std::string& name : NamesOf(p)) {
+      auto it = custom.copies.find(prefix + "." + name);
+      if (it == custom.copies.end()) {
+        problems += fmt::format("\n  {}.{} is missing", prefix, name);
+        continue;
+      }
+      ++found;
+      bool there = false;
+      Shape expected;
+      for (const auto& [full, shape] : module->ParameterShapes()) {
+        if (full == module->path() + "." + Replaced(name)) there = true, expected = shape;
+      }
+      if (!there || it->second.shape() != expected || it->second.dtype() != DType::kF32) {
+        problems += fmt::format("\n  {}: {} does not fit the layer's {}", it->first,
+                                it->second.type(), expected);
+      }
+    }
+    processors[prefix] = p;
+  }
+  if (found != custom.copies.size() && problems.empty())
+    problems = fmt::format("\n  {} of {} tensors belong to no layer", custom.copies.size() - found,
+                           custom.copies.size());
+  Check<FileError>(problems.empty(), "{}: the Custom Diffusion weights do not fit the U-Net:{}",
+                   custom.source.string(), problems);
+  return processors;
 }
 
 }  // namespace
@@ -63,52 +117,100 @@ std::vector<ParameterPtr> CustomDiffusionParameters(Layer& unet) {
   return parameters;
 }
 
-void SaveCustomDiffusion(const std::filesystem::path& path, Layer& unet) {
-  TensorFile file;
+void SaveCustomDiffusion(const fs::path& path, Layer& unet) {
+  TensorFile file{{}, {{"format", "pt"}}};
   for (const ParameterPtr& p : CustomDiffusionParameters(unet))
     file.tensors[Relative(unet, p->name())] = p->value();
   Check(!file.tensors.empty(), "custom diffusion: the U-Net has no weights of it");
+  for (const auto& [name, processor] : nn::AttnProcessors(unet)) {
+    auto next = file.tensors.lower_bound(name + ".");
+    if (next == file.tensors.end() || !next->first.starts_with(name + "."))
+      file.tensors[name] = Tensor(Shape{0});
+  }
   WriteSafetensors(path, file);
 }
 
-void LoadCustomDiffusion(const std::filesystem::path& path, Layer& unet) {
-  std::map<std::string, Tensor> tensors = ReadSafetensors(path).tensors;
-  Check<FileError>(!tensors.empty(), "{}: no tensors", path.string());
-  std::map<std::string, nn::AttentionProcessor> processors;
-  std::string problems;
-  size_t found = 0;
-  for (const auto& [module_path, module] : nn::AttentionModules(unet)) {
-    std::string prefix = module_path + std::string(kProcessor);
-    auto has = [&](const char* name) { return tensors.contains(prefix + "." + name); };
-    nn::CustomDiffusionAttnProcessor2_0 p{.train_kv = has("to_k_custom_diffusion.weight"),
-                                          .train_q_out = has("to_q_custom_diffusion.weight"),
-                                          .out_bias = has("to_out_custom_diffusion.0.bias")};
-    for (const std::string& name : NamesOf(p)) {
-      auto it = tensors.find(prefix + "." + name);
-      if (it == tensors.end()) {
-        problems += fmt::format("\n  {}.{} is missing", prefix, name);
-        continue;
-      }
-      ++found;
-      bool there = false;
-      Shape expected;
-      for (const auto& [full, shape] : module->ParameterShapes()) {
-        if (full == module->path() + "." + Replaced(name)) there = true, expected = shape;
-      }
-      if (!there || it->second.shape() != expected || it->second.dtype() != DType::kF32) {
-        problems += fmt::format("\n  {}: {} does not fit the layer's {}", it->first,
-                                it->second.type(), expected);
-      }
-    }
-    processors[prefix] = p;
+void LoadCustomDiffusion(const fs::path& path, Layer& unet) {
+  const CustomDiffusion custom = ReadCopies(path);
+  nn::SetAttnProcessor(unet, ProcessorsOf(custom, unet));
+  for (const auto& [name, value] : custom.copies) unet.FindParameter(name)->Write().CopyFrom(value);
+}
+
+void CheckCustomDiffusion(const CustomDiffusion& custom, Layer& unet) {
+  if (!custom.copies.empty()) ProcessorsOf(custom, unet);
+}
+
+void MergeCustomDiffusion(const CustomDiffusion& custom, Layer& unet) {
+  CheckCustomDiffusion(custom, unet);
+  for (const auto& [name, value] : custom.copies) {
+    std::string replaced = Replaced(name);
+    replaced.erase(replaced.rfind(kProcessor), kProcessor.size());
+    unet.FindParameter(replaced)->Write().CopyFrom(value);
   }
-  if (found != tensors.size() && problems.empty())
-    problems = fmt::format("\n  {} of {} tensors belong to no layer", tensors.size() - found,
-                           tensors.size());
-  Check<FileError>(problems.empty(), "{}: the Custom Diffusion weights do not fit the U-Net:{}",
-                   path.string(), problems);
-  nn::SetAttnProcessor(unet, processors);
-  for (const auto& [name, value] : tensors) unet.FindParameter(name)->Write().CopyFrom(value);
+}
+
+WordEmbedding ReadWordEmbedding(const fs::path& path) {
+  std::map<std::string, Tensor> tensors = ReadSafetensors(path).tensors;
+  Check<FileError>(tensors.size() == 1,
+                   "{}: {} tensors; the embedding of a word is one, {{word: embedding}}",
+                   path.string(), tensors.size());
+  auto& [word, x] = *tensors.begin();
+  const int rank = x.shape().rank();
+  Check<FileError>((rank == 1 || rank == 2) && x.elements() > 0 && x.dtype() == DType::kF32,
+                   "{}: {} is {}, the embedding of a word is f32 [width] or [n, width]",
+                   path.string(), Quoted(word), x.type());
+  return {path, word, x.Reshape({rank == 1 ? 1 : x.shape()[0], x.shape()[rank - 1]})};
+}
+
+void SaveWordEmbedding(const fs::path& path, const std::string& word, const Tensor& embedding) {
+  const Shape& shape = embedding.shape();
+  const bool one = shape.rank() == 2 && shape[0] == 1;
+  WriteSafetensors(path,
+                   {{{word, one ? embedding.Reshape({shape[1]}) : embedding}}, {{"format", "pt"}}});
+}
+
+CustomDiffusion ReadCustomDiffusion(const fs::path& path) {
+  std::error_code error;
+  if (!fs::is_directory(path, error)) {
+    CustomDiffusion custom;
+    if (path.filename() == kCustomDiffusionFile) return ReadCopies(path);
+    custom.words.push_back(ReadWordEmbedding(path));
+    return custom;
+  }
+  CustomDiffusion custom;
+  std::vector<fs::path> files, pickles;
+  for (const auto& entry : fs::directory_iterator(path, error)) {
+    if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
+    if (entry.path().extension() == ".bin") pickles.push_back(entry.path());
+  }
+  Check<FileError>(!error, "{}: cannot be read: {}", path.string(), error.message());
+  std::ranges::sort(files);
+  Check<FileError>(pickles.empty() || !files.empty(),
+                   "{}: a pickle, which is not read; save it as safetensors, as "
+                   "train_custom_diffusion.py does without --no_safe_serialization",
+                   pickles.empty() ? "" : pickles[0].string());
+  Check<FileError>(!files.empty(), "{}: there is neither {} nor the embedding of a word",
+                   path.string(), kCustomDiffusionFile);
+  for (const fs::path& file : files) {
+    if (file.filename() == kCustomDiffusionFile) {
+      CustomDiffusion copies = ReadCopies(file);
+      custom.source = std::move(copies.source);
+      custom.copies = std::move(copies.copies);
+    } else {
+      custom.words.push_back(ReadWordEmbedding(file));
+    }
+  }
+  return custom;
+}
+
+void AddWords(const CustomDiffusion& custom, DiffusionModel& model) {
+  for (const WordEmbedding& word : custom.words) {
+    try {
+      model.AddToken(word.word, word.embeddings);
+    } catch (const ValueError& e) {
+      Fail<FileError>("{}: {}", word.source.string(), e.what());
+    }
+  }
 }
 
 }  // namespace calotype

@@ -50,6 +50,16 @@ LatentDataset::LatentDataset(const Dataset& pictures, DiffusionModel& model, Bac
 
 Tensor LatentDataset::image(int64_t index, Random& random) const {
   Tensor picture = pictures_.image(index, random);  // also draws when its moments are there
+  return Encode(index, picture, random);
+}
+
+Dataset::Drawn LatentDataset::draw(int64_t index, Random& random) const {
+  Drawn drawn = pictures_.draw(index, random);
+  drawn.image = Encode(index, drawn.image, random);
+  return drawn;
+}
+
+Tensor LatentDataset::Encode(int64_t index, const Tensor& picture, Random& random) const {
   Moments computed;
   Moments& moments = cache_ ? moments_[static_cast<size_t>(index)] : computed;
   if (!moments.mean.defined()) {

@@ -33,9 +33,13 @@ class LatentDataset : public Dataset {
     return pictures_.captions(index);
   }
   Tensor image(int64_t index, Random& random) const override;
+  Drawn draw(int64_t index, Random& random) const override;
+  bool masked() const override { return pictures_.masked(); }
   int64_t cached() const;  // pictures whose distribution is kept
 
  private:
+  Tensor Encode(int64_t index, const Tensor& picture, Random& random) const;
+
   const Dataset& pictures_;
   int side_, channels_;
   float scale_, shift_;

@@ -1,68 +1,19 @@
 #include "pipelines/lora_training.h"
 
 #include <cmath>
-#include <nlohmann/json.hpp>
 
 #include "io/atomic_file.h"
-#include "io/file.h"
+#include "pipelines/class_pictures.h"
 #include "pipelines/lora.h"
+#include "pipelines/target_options.h"
 #include "pipelines/training_setup.h"
 
 namespace calotype {
 namespace {
 
 namespace fs = std::filesystem;
-using nlohmann::ordered_json;
 
 constexpr const char* kOptionsFile = "lora.json";
-
-std::vector<std::string> SplitList(const std::string& text) {
-  std::vector<std::string> parts;
-  for (size_t begin = 0; begin <= text.size();) {
-    size_t end = std::min(text.find(',', begin), text.size());
-    if (end > begin) parts.push_back(text.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return parts;
-}
-
-std::string ToJson(const LoraTrainOptions& options) {
-  ordered_json document;
-  LoraTrainOptions::Visit(
-      options, [&](const char* name, const auto& field, const char*) { document[name] = field; });
-  return document.dump(2) + "\n";
-}
-
-LoraTrainOptions ReadOptions(const fs::path& path) {
-  LoraTrainOptions options;
-  try {
-    ordered_json document = ordered_json::parse(ReadFile(path, 1 << 20));
-    Check<FileError>(document.is_object(), "{}: not the options of a LoRA run", path.string());
-    LoraTrainOptions::Visit(options, [&](const char* name, auto& field, const char*) {
-      Check<FileError>(document.contains(name),
-                       "{}: the field `{}` is missing; a run of an earlier version of the program "
-                       "cannot be continued",
-                       path.string(), name);
-      document.at(name).get_to(field);
-    });
-  } catch (const nlohmann::json::exception& e) {
-    Fail<FileError>("{}: not the options of a LoRA run: {}", path.string(), e.what());
-  }
-  return options;
-}
-
-// Errors: ValueError naming a field of `chosen` that differs.
-void CheckSame(const LoraTrainOptions& stored, const LoraTrainOptions& given,
-               const std::set<std::string>& chosen) {
-  std::map<std::string, ordered_json> fields;
-  LoraTrainOptions::Visit(
-      given, [&](const char* name, const auto& field, const char*) { fields[name] = field; });
-  LoraTrainOptions::Visit(stored, [&](const char* name, const auto& field, const char*) {
-    Check(chosen.count(name) == 0 || fields[name] == ordered_json(field),
-          "resume: {} is {} here and {} in the run; a continued run keeps it", name,
-          fields[name].dump(), ordered_json(field).dump());
-  });
-}
 
 }  // namespace
 
@@ -70,7 +21,7 @@ void Validate(const LoraTrainOptions& o) {
   Check(o.rank >= 1 && o.rank <= 65536, "training: rank is {}, must be in [1, 65536]", o.rank);
   Check(std::isfinite(o.alpha) && o.alpha >= 0, "training: alpha is {}, must be 0 or more",
         o.alpha);
-  Check(!SplitList(o.targets).empty() || o.train_text_encoder, "training: no targets");
+  Check(!SplitList(o.targets, ',').empty() || o.train_text_encoder, "training: no targets");
   Check(o.train_text_encoder || o.text_encoder_targets.empty(),
         "training: text_encoder_targets has no effect without train_text_encoder");
   Check(ParseLoraDialect(o.format) != LoraDialect::kProcessor,
@@ -96,33 +47,31 @@ fs::path LoraFileOf(const fs::path& folder, std::string_view format) {
 
 TrainResult TrainLora(LoraTrainOptions lora, TrainOptions options, const fs::path& folder,
                       bool resume, const std::set<std::string>& chosen, TrainCallbacks callbacks) {
-  if (resume) {
-    LoraTrainOptions stored = ReadOptions(folder / kOptionsFile);
-    CheckSame(stored, lora, chosen);
-    lora = stored;
-    fs::path path = folder / "train.json";
-    options = MergeForResume(ParseTrainOptions(ReadFile(path), path), options, chosen);
-  }
+  if (resume) OptionsForResume(folder, kOptionsFile, lora, options, chosen);
   Validate(lora);
   auto message = [&](const std::string& text) {
     if (callbacks.message) callbacks.message(text);
   };
   auto warn = [&](const std::string& text) { message("warning: " + text); };
   Check(!options.model.empty(), "training: a LoRA needs a model to be trained on");
+  Check(!options.train_text_encoder,
+        "training: train_text_encoder is an option of the LoRA, not of what it is trained with");
   Validate(options);
   CheckChosen(options, chosen);
   const fs::path file = LoraFileOf(folder, lora.format);
   std::error_code ignored;  // a folder that cannot be looked into is an error where it is written
   Check(resume || HoldsRun(folder) || !fs::exists(file, ignored),
         "{} is there, and the run would overwrite it; choose another folder", file.string());
+  if (!resume) DrawClassPictures(options, callbacks);
   auto data = OpenDataset(options, warn);
   auto model = MakeModel(options, *data, warn);
 
   LoraModel target = LoraModelOf(*model);
-  LoraConfig config{.rank = lora.rank, .targets = SplitList(lora.targets), .seed = options.seed};
+  LoraConfig config{
+      .rank = lora.rank, .targets = SplitList(lora.targets, ','), .seed = options.seed};
   if (lora.alpha > 0) config.alpha = lora.alpha;
   if (lora.train_text_encoder) {
-    config.text_encoder_targets = SplitList(lora.text_encoder_targets);
+    config.text_encoder_targets = SplitList(lora.text_encoder_targets, ',');
     if (config.text_encoder_targets.empty() && model->text_encoder())
       config.text_encoder_targets = {"q_proj", "k_proj", "v_proj", "out_proj"};
     if (config.text_encoder_targets.empty()) config.text_encoder_targets = config.targets;
@@ -135,7 +84,8 @@ TrainResult TrainLora(LoraTrainOptions lora, TrainOptions options, const fs::pat
             SaveLora(LoraFileOf(run, lora.format), CollectLora(target),
                      ParseLoraDialect(lora.format));
           },
-      .begin = [&](const fs::path& run) { WriteFile(run / kOptionsFile, ToJson(lora)); }};
+      .begin =
+          [&](const fs::path& run) { WriteFile(run / kOptionsFile, TargetOptionsToJson(lora)); }};
   int64_t numbers = 0;
   for (const ParameterPtr& p : trained.parameters) numbers += p->value().elements();
   message(fmt::format("{} captions, {} terms of {} numbers beside {} parameters, {} steps of {}",

@@ -26,8 +26,11 @@ Value ExportLoss(ComputationGraph& graph, DiffusionModel& model, const NoiseSche
   LossOptions options{.snr_gamma = training.snr_gamma,
                       .input_noise = {},
                       .prior_rows = training.prior_rows,
-                      .prior_loss_weight = training.prior_loss_weight};
+                      .prior_loss_weight = training.prior_loss_weight,
+                      .mask = {}};
   if (training.input_noise) options.input_noise = graph.Input("input_noise", pictures);
+  if (training.mask)
+    options.mask = graph.Input("mask", Shape{batch - training.prior_rows, 1, side, side});
   auto denoise = [&](Value noisy) {
     Value prediction = model.Denoise(noisy, timesteps, context);
     if (noise_loss && schedule.prediction_type() == PredictionType::kEpsilon) {

@@ -64,6 +64,7 @@ struct TrainingGraphOptions {
   bool input_noise = false;  // a further input input_noise behind tokens, see LossOptions
   int64_t prior_rows = 0;    // of the batch's; see LossOptions
   double prior_loss_weight = 1;
+  bool mask = false;  // a further input mask behind that, see LossOptions
 };
 // LossGraph with gradients and updates: see ExportTrainingStep.
 ComputationGraph TrainingStepGraph(DiffusionModel& model, const NoiseSchedule& schedule,

@@ -62,6 +62,11 @@ void CheckEffect(const TrainOptions& o, const std::set<std::string>& chosen) {
   check("ema_inv_gamma", o.use_ema_warmup, "use_ema_warmup");
   check("ema_power", o.use_ema_warmup, "use_ema_warmup");
   check("prior_loss_weight", !o.class_data.empty(), "class_data");
+  check("class_prompt", !o.class_data.empty() && o.class_data != "shapes",
+        "a folder of class_data");
+  check("num_class_images", !o.class_prompt.empty(), "class_prompt");
+  check("instance_prompt", o.data != "shapes", "a folder of data");
+  check("train_text_encoder", !o.model.empty(), "model");
   const bool folder = o.data != "shapes" || (!o.class_data.empty() && o.class_data != "shapes");
   check("center_crop", folder, "a folder of pictures");
   check("random_flip", folder, "a folder of pictures");
@@ -85,6 +90,7 @@ void Validate(const TrainOptions& o) {
   in_range("caption_tokens", static_cast<double>(o.caption_tokens), 0, 1024);
   in_range("caption_layers", static_cast<double>(o.caption_layers), 0, 64);
   in_range("num_train_timesteps", static_cast<double>(o.num_train_timesteps), 1, 1e6);
+  in_range("num_class_images", static_cast<double>(o.num_class_images), 0, 1e5);
   in_range("prior_loss_weight", o.prior_loss_weight, 0, 1e6);
   in_range("train_batch_size", static_cast<double>(o.train_batch_size), 1, 65536);
   in_range("gradient_accumulation_steps", static_cast<double>(o.gradient_accumulation_steps), 1,
@@ -191,6 +197,16 @@ TrainOptions ParseTrainOptions(std::string_view text, const std::filesystem::pat
     Fail<FileError>("{}: not a training options file: {}", path.string(), e.what());
   }
   return options;
+}
+
+std::vector<std::string> SplitList(const std::string& text, char separator) {
+  std::vector<std::string> parts;
+  for (size_t begin = 0; begin <= text.size();) {
+    size_t end = std::min(text.find(separator, begin), text.size());
+    if (end > begin) parts.push_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return parts;
 }
 
 }  // namespace calotype

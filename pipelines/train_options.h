@@ -18,6 +18,8 @@ struct TrainOptions {
   std::string model;
   std::string unet = "toy16";
   std::string vae;
+  std::string instance_prompt;
+  bool train_text_encoder = false;
   int64_t resolution = 0;
   int64_t caption_tokens = 0;
   int64_t caption_layers = 0;
@@ -33,6 +35,8 @@ struct TrainOptions {
   double noise_offset = 0;
   double input_perturbation = 0;
   std::string class_data;
+  std::string class_prompt;
+  int64_t num_class_images = 0;
   double prior_loss_weight = 1;
 
   // The optimizer and its schedule.
@@ -82,6 +86,9 @@ struct TrainOptions {
     f("unet", o.unet, "Preset (toy16, small32) or a diffusers U-Net config.json", false);
     f("vae", o.vae, "Folder of a diffusers AutoencoderKL on whose latents a new U-Net works",
       false);
+    f("instance_prompt", o.instance_prompt,
+      "Caption of all pictures in the folder of data, which then needs no metadata.jsonl", false);
+    f("train_text_encoder", o.train_text_encoder, "Train CLIP, too, not the U-Net alone", false);
     f("resolution", o.resolution, "Side of the pictures; 0: that of the model", false);
     f("caption_tokens", o.caption_tokens,
       "Words of a caption that are read; 0: of the longest caption, at most 77", false);
@@ -106,6 +113,9 @@ struct TrainOptions {
       "each "
       "batch has as many of them as of the data",
       false);
+    f("class_prompt", o.class_prompt, "As instance_prompt, for the folder of class_data", false);
+    f("num_class_images", o.num_class_images,
+      "Draw pictures of class_prompt with the model first, until class_data holds as many", false);
     f("prior_loss_weight", o.prior_loss_weight, "Weight of their loss", false);
     f("train_batch_size", o.train_batch_size, "Pictures in a batch", false);
     f("gradient_accumulation_steps", o.gradient_accumulation_steps,
@@ -189,5 +199,8 @@ bool DecidedByTheModel(std::string_view field);
 // wrong field.
 std::string ToJson(const TrainOptions& options);
 TrainOptions ParseTrainOptions(std::string_view json, const std::filesystem::path& path);
+
+// The parts of "a,b" with the separator ','. Empty ones are left out.
+std::vector<std::string> SplitList(const std::string& text, char separator);
 
 }  // namespace calotype

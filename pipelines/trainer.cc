@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -85,14 +86,14 @@ Optimizer::Rule RuleOf(const TrainOptions& o) {
                .weight_decay = o.weight_decay};
 }
 
-LearningRateSchedule RateOf(const TrainOptions& o) {
+LearningRateSchedule RateOf(const TrainOptions& o, double factor) {
   int64_t warmup = o.lr_warmup_steps;
   if (warmup < 0) {
     bool none = o.lr_scheduler == "constant" || o.lr_scheduler == "piecewise_constant";
     warmup = none ? 0 : std::min<int64_t>(100, o.max_train_steps / 10);
   }
   return {.name = o.lr_scheduler,
-          .learning_rate = PeakLearningRate(o),
+          .learning_rate = PeakLearningRate(o) * factor,
           .warmup_steps = warmup,
           .total_steps = o.max_train_steps,
           .num_cycles = o.lr_num_cycles,
@@ -126,7 +127,9 @@ std::vector<ParameterPtr> TrainedParameters(DiffusionModel& model, const TrainTa
 bool EmbedsBefore(DiffusionModel& model, const Dataset& data,
                   const std::vector<ParameterPtr>& trained) {
   if (!model.text_encoder()) return false;
-  for (const ParameterPtr& parameter : model.text_encoder()->NamedParameters()) {
+  std::vector<ParameterPtr> parameters = model.text_encoder()->NamedParameters();
+  std::ranges::copy(model.text_encoder()->added_tokens(), std::back_inserter(parameters));
+  for (const ParameterPtr& parameter : parameters) {
     if (std::ranges::find(trained, parameter) != trained.end()) return false;
   }
   const auto rows = static_cast<int64_t>(Captions(data).size()) + 1;
@@ -172,6 +175,7 @@ BatchSource::Options BatchOptions(const TrainOptions& o, const NoiseSchedule& sc
 std::vector<Tensor> InputsOf(const Batch& batch) {
   std::vector<Tensor> inputs{batch.images, batch.noise, batch.timesteps, batch.text};
   if (batch.input_noise.defined()) inputs.push_back(batch.input_noise);
+  if (batch.mask.defined()) inputs.push_back(batch.mask);
   return inputs;
 }
 
@@ -189,7 +193,8 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
       options_((calotype::Validate(options), options)),
       folder_(std::move(folder)),
       callbacks_(std::move(callbacks)),
-      target_{TrainedParameters(model, target), std::move(target.save), std::move(target.begin)},
+      target_{TrainedParameters(model, target), std::move(target.save), std::move(target.begin),
+              target.learning_rate_factor},
       backend_(ParseBackend(options.backend)),
       schedule_(model.scheduler()),
       class_data_(OpenClassDataset(
@@ -202,7 +207,7 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
       batches_(latents_ ? *latents_ : data,
                CaptionText(model, data, options.data, inputs_.embeddings, backend_, callbacks_),
                BatchOptions(options, schedule_)),
-      rate_(RateOf(options)) {
+      rate_(RateOf(options, target.learning_rate_factor)) {
   // A bad schedule or prompt is an error before the folder is made, not in the middle of the run.
   rate_.At(0);
   if (class_data_) {
@@ -338,7 +343,8 @@ void Trainer::Compile() {
                                .snr_gamma = options_.snr_gamma,
                                .input_noise = options_.input_perturbation > 0,
                                .prior_rows = prior,
-                               .prior_loss_weight = options_.prior_loss_weight};
+                               .prior_loss_weight = options_.prior_loss_weight,
+                               .mask = data_.masked()};
   if (batches > 1) sums_ = GradientSums(*optimizer_);
   auto compile = [&](ComputationGraph graph) {
     auto runner = std::make_unique<GraphRunner>(std::move(graph), backend_);
@@ -364,7 +370,7 @@ std::vector<Tensor> Trainer::NextBatch() {
   std::vector<Tensor> inputs = InputsOf(batches_.Next());
   if (!class_batches_) return inputs;
   std::vector<Tensor> of_class = InputsOf(class_batches_->Next());
-  for (size_t i = 0; i < inputs.size(); ++i)
+  for (size_t i = 0; i < of_class.size(); ++i)  // pictures of the class have no mask
     inputs[i] = StackRows(std::array{inputs[i], of_class[i]});
   return inputs;
 }

@@ -62,6 +62,7 @@ struct TrainTarget {
   // Writes what else a continuation needs into the folder of a new run, before train.json makes it
   // a run. May be undefined.
   std::function<void(const std::filesystem::path& folder)> begin = {};
+  double learning_rate_factor = 1;  // of the options' rate
 };
 
 struct TrainResult {

@@ -45,6 +45,18 @@ Value WeightedError(Value prediction, Value target, Value timesteps, const Tenso
   return Mean(Gather(timesteps.graph->Constant(weights), timesteps) * each);
 }
 
+Value MaskedError(Value prediction, Value target, Value mask, Value timesteps,
+                  const Tensor& weights) {
+  Check<ShapeError>(
+      prediction.shape() == target.shape() && prediction.rank() == 4 &&
+          mask.shape() == Shape({prediction.dim(0), 1, prediction.dim(2), prediction.dim(3)}),
+      "masked error: {} against {} with a mask {}", prediction.shape(), target.shape(),
+      mask.shape());
+  Value each = Sum(Square(prediction - target) * mask, {1, 2, 3}) / Sum(mask, {1, 2, 3});
+  if (weights.defined()) each = Gather(timesteps.graph->Constant(weights), timesteps) * each;
+  return Mean(each);
+}
+
 void ExportTrainingStep(Value loss, const Optimizer& optimizer, const Ema* ema) {
   ComputationGraph& graph = *loss.graph;
   Optimizer::Exported step =

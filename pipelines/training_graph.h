@@ -18,6 +18,12 @@ Tensor SnrWeights(const NoiseSchedule& schedule, double gamma);
 // The mean over samples of weights[timesteps] times the mean squared error of the sample.
 Value WeightedError(Value prediction, Value target, Value timesteps, const Tensor& weights);
 
+// The mean over samples of w sum(mask (prediction - target)^2) / sum(mask), w = weights[timesteps]
+// or 1 if weights is undefined. mask [B, 1, H, W] has one channel, so that the error is summed over
+// channels: what diffusers' script train_custom_diffusion.py trains on.
+Value MaskedError(Value prediction, Value target, Value mask, Value timesteps,
+                  const Tensor& weights);
+
 struct LossOptions {
   double snr_gamma = 0;  // 0: all timesteps count alike
   // The noise of the model's input if it is not the target's; undefined: the same.
@@ -27,6 +33,9 @@ struct LossOptions {
   // arXiv:2208.12242).
   int64_t prior_rows = 0;
   double prior_loss_weight = 1;
+  // Where the loss of the other samples counts, [B - prior_rows, 1, H, W]: see MaskedError.
+  // Undefined: everywhere, and the error is the mean squared one.
+  Value mask;
 };
 
 // mean((prediction - schedule.Target(x, n, t))^2), where prediction = denoise(schedule.AddNoise(x,
@@ -38,6 +47,11 @@ Value DenoisingLoss(const NoiseSchedule& schedule, Value images, Value noise, Va
   Value prediction = denoise(schedule.AddNoise(images, added, timesteps));
   Value target = schedule.Target(images, noise, timesteps);
   auto error = [&](Value p, Value t, Value at) {
+    if (options.mask.defined()) {
+      Tensor weights;
+      if (options.snr_gamma > 0) weights = SnrWeights(schedule, options.snr_gamma);
+      return MaskedError(p, t, options.mask, at, weights);
+    }
     if (options.snr_gamma == 0) return MeanSquaredError(p, t);
     return WeightedError(p, t, at, SnrWeights(schedule, options.snr_gamma));
   };

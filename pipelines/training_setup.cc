@@ -62,7 +62,8 @@ std::unique_ptr<Dataset> OpenDataset(const TrainOptions& options, const WarningC
   return std::make_unique<ImageFolder>(options.data,
                                        ImageFolder::Options{.side = static_cast<int>(side),
                                                             .center_crop = options.center_crop,
-                                                            .random_flip = options.random_flip},
+                                                            .random_flip = options.random_flip,
+                                                            .caption = options.instance_prompt},
                                        warn);
 }
 
@@ -71,6 +72,7 @@ std::unique_ptr<Dataset> OpenClassDataset(const TrainOptions& options, const Dat
   if (options.class_data.empty()) return nullptr;
   TrainOptions of_class = options;
   of_class.data = options.class_data;
+  of_class.instance_prompt = options.class_prompt;
   if (options.resolution == 0 && options.class_data != "shapes") of_class.resolution = data.side();
   return OpenDataset(of_class, warn);
 }
@@ -89,7 +91,10 @@ std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dat
     auto model = DiffusionModel::Load(options.model, warn);
     Check<UnsupportedError>(!model->takes_mask(), "{}: a U-Net that takes a mask cannot be trained",
                             options.model);
-    Freeze(model->text_encoder());
+    Check(!options.train_text_encoder || model->text_encoder(),
+          "training: train_text_encoder has no effect on {}, whose caption encoder trains anyway",
+          options.model);
+    if (!options.train_text_encoder) Freeze(model->text_encoder());
     Freeze(model->vae());
     return model;
   }

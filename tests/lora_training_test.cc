@@ -1,5 +1,4 @@
-// Training of LoRAs and of Custom Diffusion weights, Dreambooth's prior loss, and the LoRA
-// commands.
+// Training of LoRAs, Dreambooth's prior loss, and the LoRA commands.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -8,7 +7,6 @@
 
 #include "core/parallel.h"
 #include "core/random.h"
-#include "pipelines/custom_diffusion.h"
 #include "pipelines/lora_training.h"
 #include "pipelines/training_setup.h"
 #include "tests/expect_error.h"
@@ -236,65 +234,6 @@ TEST(LoraTrainingTest, FoldersWithOtherFiles) {
   test::WriteText(folder / "killed/lora.json", "{\"rank\": 2}");
   EXPECT_THAT(MessageOf<FileError>([&] { TrainLora({}, {}, folder / "killed", true); }),
               HasSubstr("lora.json: the field `alpha` is missing"));
-}
-
-// ---------------------------------------------------------------- Custom Diffusion
-
-TEST(CustomDiffusionTest, GoldenFileRoundTripAndTraining) {
-  test::TempFolder folder;
-  Models m;
-  LoadCustomDiffusion(kFolder / "custom-diffusion.safetensors", *m.unet);
-  EXPECT_LT(RelativeError(m.Run().out, m.golden.at("custom_diffusion.out")), 5e-6);
-  EXPECT_EQ(CustomDiffusionParameters(*m.unet).size(), 20u);  // 4 modules, q, k, v, out, bias
-  SaveCustomDiffusion(folder / "a.safetensors", *m.unet);
-  std::map<std::string, Tensor> read = ReadSafetensors(folder / "a.safetensors").tensors,
-                                original = Tensors("custom-diffusion").tensors;
-  ASSERT_EQ(read.size(), original.size());
-  for (const auto& [name, tensor] : original) EXPECT_TRUE(SameBits(tensor, read.at(name))) << name;
-
-  // A start changes nothing; training changes the copies alone.
-  for (const char* freeze_model : {"crossattn_kv", "crossattn"}) {
-    Models fresh;
-    AddCustomDiffusion(*fresh.unet, freeze_model);
-    fresh.ExpectGolden("base");
-    std::vector<ParameterPtr> copies = CustomDiffusionParameters(*fresh.unet);
-    EXPECT_EQ(copies.size(), std::string(freeze_model) == "crossattn" ? 20u : 8u);
-    for (const ParameterPtr& p : fresh.unet->NamedParameters()) p->set_trainable(false);
-    for (const ParameterPtr& p : copies) p->set_trainable(true);
-    Tensor base = fresh.unet->FindParameter("conv_in.weight")->value().Clone();
-    Tensor before = copies[0]->value().Clone();
-    fresh.unet->SetTrainingMode(true);
-    Tensor y = fresh.Run().out;
-    fresh.unet->Backward(y);
-    fresh.unet->UpdateParameters(0.1f);
-    EXPECT_TRUE(SameBits(base, fresh.unet->FindParameter("conv_in.weight")->value()));
-    EXPECT_FALSE(SameBits(before, copies[0]->value()));
-  }
-}
-
-TEST(CustomDiffusionTest, WhatDoesNotFitChangesNothing) {
-  test::TempFolder folder;
-  Models m;
-  const std::map<std::string, Tensor> good = Tensors("custom-diffusion").tensors;
-  const std::string name =
-      "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_v_custom_diffusion.weight";
-  auto error = [&](std::map<std::string, Tensor> tensors) {
-    WriteSafetensors(folder / "bad.safetensors", {std::move(tensors), {}});
-    return MessageOf<FileError>([&] { LoadCustomDiffusion(folder / "bad.safetensors", *m.unet); });
-  };
-  auto tensors = good;
-  tensors[name] = Tensor::Full({8, 17}, 1);
-  EXPECT_THAT(error(tensors), HasSubstr(name + ": f32[8, 17] does not fit the layer's [8, 16]"));
-  tensors.erase(name);
-  EXPECT_THAT(error(tensors), HasSubstr(name + " is missing"));
-  tensors = good;
-  tensors["mid_block.x.processor.to_k_custom_diffusion.weight"] = Tensor::Full({8, 8}, 1);
-  EXPECT_THAT(error(tensors), HasSubstr("1 of 21 tensors belong to no layer"));
-  m.ExpectGolden("base");
-  EXPECT_TRUE(CustomDiffusionParameters(*m.unet).empty());
-  EXPECT_THROW(SaveCustomDiffusion(folder / "x.safetensors", *m.unet), ValueError);
-  EXPECT_THAT(MessageOf<ValueError>([&] { AddCustomDiffusion(*m.unet, "all"); }),
-              HasSubstr("crossattn_kv or crossattn"));
 }
 
 // ---------------------------------------------------------------- the program

@@ -1,0 +1,15 @@
+// Dreambooth's pictures of the class, drawn with the model itself before it is trained.
+#pragma once
+
+#include "pipelines/train_options.h"
+#include "pipelines/trainer.h"
+
+namespace calotype {
+
+// With options.num_class_images: makes the folder options.class_data if needed and draws pictures
+// of options.class_prompt with options.model until it holds as many, class-00000000.png and so on;
+// each depends on the seed and its number alone. What a run that was stopped has drawn is kept.
+// Errors: ValueError without a model; CancelledError; those of TextToImagePipeline and WritePng.
+void DrawClassPictures(const TrainOptions& options, const TrainCallbacks& callbacks);
+
+}  // namespace calotype
