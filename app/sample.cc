@@ -9,6 +9,7 @@
 #include "io/jpeg.h"
 #include "io/png.h"
 #include "pipelines/attention_maps.h"
+#include "pipelines/custom_diffusion.h"
 #include "pipelines/lora.h"
 #include "pipelines/prompt_encoding.h"
 #include "pipelines/text_to_image.h"
@@ -17,12 +18,12 @@ namespace calotype::app {
 namespace {
 
 struct Command {
-  std::filesystem::path model, out = "output.png", init_image, mask_image;
+  std::filesystem::path model, out = "output.png", init_image, mask_image, custom_diffusion;
   std::vector<std::string> prompts, loras;
   bool allow_unmatched = false;
   uint64_t seed = 0;
   int64_t count = 1, side = 0;
-  bool vae_tiling = false;
+  bool vae_tiling = false, tune = false;
   std::string backend = "jit", winograd = "auto";
   GenerateOptions options;
   std::string prompt_syntax = "plain";
@@ -53,16 +54,32 @@ void Run(Command& command, bool quiet) {
   if (options.height == 0) options.height = command.side;
   std::vector<WeightedLora> loras;
   for (const std::string& lora : command.loras) loras.push_back(LoadWeightedLora(lora));
+  CustomDiffusion custom;
+  if (!command.custom_diffusion.empty()) custom = ReadCustomDiffusion(command.custom_diffusion);
+  const Backend backend = ParseBackend(command.backend);
+  Check(!command.tune || backend == Backend::kJit,
+        "sample: --tune has no effect with --backend eager");
   ProgressBar bar("draw", quiet);
-  auto pipeline = TextToImagePipeline::Load(command.model, ParseBackend(command.backend),
-                                            {.winograd = jit::ParseWinograd(command.winograd)},
-                                            ShowSampling(bar).warn);
-  MergedLora merged = MergeLora(LoraModelOf(pipeline->model()), loras,
-                                {.allow_unmatched = command.allow_unmatched});
-  for (size_t i = 0; i < loras.size(); ++i) {
-    const LoraReport& report = merged.reports()[i];
-    if (report.complete()) continue;
-    ShowSampling(bar).warn(fmt::format("{}: {}", loras[i].file.source, report.ToString()));
+  const auto warn = ShowSampling(bar).warn;
+  const LoraOptions lora_options{.allow_unmatched = command.allow_unmatched};
+  TextToImagePipeline* opened = nullptr;
+  auto pipeline = TextToImagePipeline::Open(
+      command.model, backend,
+      {.winograd = jit::ParseWinograd(command.winograd), .tune = command.tune}, warn,
+      [&](Layer& part) {
+        if (&part == &opened->model().unet()) MergeCustomDiffusion(custom, part);
+        LoraOptions merge = lora_options;
+        merge.only = &part, merge.keep_originals = false;
+        MergeLora(LoraModelOf(opened->model()), loras, merge);
+      });
+  opened = pipeline.get();
+  CheckCustomDiffusion(custom, pipeline->model().unet());
+  AddWords(custom, pipeline->model());
+  for (const WeightedLora& lora : loras) {
+    const LoraModel model = LoraModelOf(pipeline->model());
+    ResolveLora(model, lora.file, lora_options);  // throws if it does not fit
+    const LoraReport report = CheckLora(model, lora.file);
+    if (!report.complete()) warn(fmt::format("{}: {}", lora.file.source, report.ToString()));
   }
   PromptSyntax syntax = ParsePromptSyntax(command.prompt_syntax);
   if (syntax != PromptSyntax::kPlain) {
@@ -115,6 +132,9 @@ void AddSample(Options& app, Selected& selected) {
       ->add_flag("--allow-unmatched", command->allow_unmatched,
                  "Leave out what of a LoRA belongs to no layer of the model")
       ->needs("--lora");
+  sample->add_option("--custom-diffusion", command->custom_diffusion,
+                     "Folder of `train custom-diffusion` or of diffusers: new words for the "
+                     "prompts, and the cross-attention that draws them");
   sample->add_option("-p,--prompt", command->prompts, "What to draw; may be given several times")
       ->take_all()
       ->required();
@@ -182,6 +202,9 @@ void AddSample(Options& app, Selected& selected) {
       ->add_option("--winograd", command->winograd,
                    "auto: 3x3 convolutions by Winograd's algorithm where it pays; or off")
       ->capture_default_str();
+  sample->add_flag("--tune", command->tune,
+                   "Measure which way to compute each convolution and product is fastest here; "
+                   "minutes the first time, then it is remembered");
   sample
       ->add_option("-o,--out,--output", command->out,
                    "PNG file; several pictures get a number each")

@@ -227,11 +227,41 @@ Tensor DiffusionModel::Tokens(std::span<const std::string> texts, const Warn& wa
   return tokens;
 }
 
+std::unique_ptr<DiffusionModel> DiffusionModel::Open(const fs::path& folder, const Warn& warn) {
+  auto model = FromFolder(folder, warn);
+  for (const auto& part : model->layers()) {
+    model->LoadPart(*part, Weights::kCheck);
+    part->ReleaseParameters();
+  }
+  return model;
+}
+
 std::unique_ptr<DiffusionModel> DiffusionModel::Load(const fs::path& folder, const Warn& warn) {
+  auto model = FromFolder(folder, warn);
+  for (const auto& part : model->layers()) model->LoadPart(*part);
+  return model;
+}
+
+void DiffusionModel::LoadPart(Layer& part, Weights weights) {
+  Check(!folder_.empty(), "model: it was not read from a folder, so no weights can be");
+  if (&part == unet_) {
+    LoadWeightsOf(*unet_, folder_ / "unet", weights);
+  } else if (&part == text_encoder_) {
+    LoadWeightsOf(*text_encoder_, folder_ / "text_encoder", weights);
+  } else if (&part == caption_encoder_) {
+    LoadWeights(*caption_encoder_, folder_ / "caption_encoder" / kWeights, weights);
+  } else {
+    Check<InternalError>(&part == vae_, "model: {} is no part of it", part.type());
+    LoadWeightsOf(*vae_, folder_ / "vae", weights);
+  }
+}
+
+// A model without weights, from the configurations in a folder.
+std::unique_ptr<DiffusionModel> DiffusionModel::FromFolder(const fs::path& folder,
+                                                           const Warn& warn) {
   const Index index = ReadIndex(folder / "model_index.json", warn);
   index.Require("unet", "UNet2DConditionModel");
   Check<FileError>(index.Has("scheduler"), "{}: the model has no scheduler", index.path.string());
-  // Errors in the files come before weights are read.
   DiffusionModelConfig config{.unet = ReadUNetConfig(folder / "unet" / "config.json")};
   const bool clip = index.stable_diffusion || !index.Has("caption_encoder");
   if (clip) {
@@ -260,13 +290,7 @@ std::unique_ptr<DiffusionModel> DiffusionModel::Load(const fs::path& folder, con
   });
 
   auto model = InFile(folder, [&] { return std::make_unique<DiffusionModel>(std::move(config)); });
-  LoadWeightsOf(model->unet(), folder / "unet");
-  if (clip) {
-    LoadWeightsOf(*model->text_encoder(), folder / "text_encoder");
-  } else {
-    LoadWeights(*model->caption_encoder(), folder / "caption_encoder" / kWeights);
-  }
-  if (model->vae()) LoadWeightsOf(*model->vae(), folder / "vae");
+  model->folder_ = folder;
   model->SetTrainingMode(false);
   return model;
 }

@@ -21,6 +21,7 @@
 #include "models/clip_text_model.h"
 #include "models/clip_tokenizer.h"
 #include "models/unet_2d_condition.h"
+#include "pipelines/model_folder.h"
 
 namespace calotype {
 
@@ -55,6 +56,13 @@ class DiffusionModel : public Layer {
   // field.
   static std::unique_ptr<DiffusionModel> Load(const std::filesystem::path& folder,
                                               const Warn& warn = {});
+  // The same, but of the weights only the headers of their files are read, so that most errors come
+  // now; using a weight is a ValueError until LoadPart.
+  static std::unique_ptr<DiffusionModel> Open(const std::filesystem::path& folder,
+                                              const Warn& warn = {});
+  // Reads the weights of a part (unet(), text_encoder(), caption_encoder() or vae()) from the
+  // folder that was opened or loaded. Errors: FileError; ValueError for a model without a folder.
+  void LoadPart(Layer& part, Weights weights = Weights::kLoad);
   // Writes the folder; each file is replaced atomically. A Stable Diffusion model is a
   // StableDiffusionPipeline, or ...InpaintPipeline if its U-Net takes a mask. Errors: FileError.
   void Save(const std::filesystem::path& folder);
@@ -106,6 +114,10 @@ class DiffusionModel : public Layer {
   int64_t context_width() const;  // D
 
  private:
+  static std::unique_ptr<DiffusionModel> FromFolder(const std::filesystem::path& folder,
+                                                    const Warn& warn);
+
+  std::filesystem::path folder_;  // empty: none
   UNet2DConditionModel* unet_;
   CaptionEncoder* caption_encoder_ = nullptr;
   CLIPTextModel* text_encoder_ = nullptr;

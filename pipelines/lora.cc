@@ -143,7 +143,7 @@ std::vector<LoraTarget> LoraTargets(const LoraModel& model) {
       Check(!IsPathEnd(path, "to_qkv") && !IsPathEnd(path, "to_kv"),
             "LoRA: {}{} are fused projections, which would not see the change; unfuse them first",
             prefix, path);
-      targets.push_back({prefix + path, layer, layer->ParameterShapes().at(0).second});
+      targets.push_back({part, prefix + path, layer, layer->ParameterShapes().at(0).second});
     }
   };
   add(model.unet, "unet.");
@@ -236,6 +236,7 @@ MergedLora MergeLora(const LoraModel& model, std::span<const WeightedLora> loras
   std::vector<LoraTarget> targets = LoraTargets(model);
   LoraNames names(Paths(targets));
   MergedLora merged;
+  merged.kept_ = options.keep_originals;
   // All files are checked before anything changes.
   std::vector<std::vector<std::pair<const LoraModule*, double>>> terms(targets.size());
   for (const WeightedLora& lora : loras) {
@@ -247,20 +248,21 @@ MergedLora MergeLora(const LoraModel& model, std::span<const WeightedLora> loras
     merged.reports_.push_back(std::move(match.report));
   }
   for (size_t t = 0; t < targets.size(); ++t) {
-    if (terms[t].empty()) continue;
+    if (terms[t].empty() || (options.only && targets[t].part != options.only)) continue;
     ParameterPtr weight = targets[t].layer->FindParameter("weight");
     std::vector<double> sum(static_cast<size_t>(weight->value().elements()));
     for (auto [module, factor] : terms[t]) AddProduct(*module, factor, sum);
-    merged.originals_.push_back({weight, weight->value().Clone(), 0});
+    if (merged.kept_) merged.originals_.push_back({weight, weight->value().Clone(), 0});
     std::span<float> values = weight->Write().values();
     for (size_t i = 0; i < sum.size(); ++i)
       values[i] = static_cast<float>(double{values[i]} + sum[i]);
-    merged.originals_.back().merged = Hash(weight->value());
+    if (merged.kept_) merged.originals_.back().merged = Hash(weight->value());
   }
   return merged;
 }
 
 void MergedLora::Unmerge() {
+  Check(kept_, "LoRA: the weights before the merge were not kept, so it cannot be undone");
   for (const Original& original : originals_) {
     Check(Hash(original.parameter->value()) == original.merged,
           "LoRA: {} has been changed since the merge, so the merge cannot be undone",

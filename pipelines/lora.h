@@ -34,6 +34,7 @@ LoraModel LoraModelOf(DiffusionModel& model);
 
 // The layers that take low-rank terms, by their paths as in files.
 struct LoraTarget {
+  const Layer* part;  // of LoraModel
   std::string path;
   nn::LoRACompatible* layer;
   Shape weight;  // [out, in] or [out, in, k, k]
@@ -58,6 +59,11 @@ struct LoraOptions {
   // Modules without a layer are left out. Otherwise they are an error, as are in any case modules
   // whose shapes do not fit and files of which nothing fits.
   bool allow_unmatched = false;
+  // Of MergeLora. only: the part of the model whose weights are changed, if not all are;
+  // the files must fit the whole model all the same. keep_originals: false to save the memory, if
+  // it will not be undone.
+  const Layer* only = nullptr;
+  bool keep_originals = true;
 };
 
 // The file with its modules named by the model's paths, as SaveLora needs them. Errors of this and
@@ -80,8 +86,8 @@ class MergedLora {
  public:
   MergedLora() = default;
   // Every weight gets the bits back that it had before. Of several merges the last is undone first.
-  // Errors: ValueError if a weight is not what the merge made of it; nothing is changed then. A
-  // second call does nothing.
+  // Errors: ValueError if a weight is not what the merge made of it, or nothing was kept; nothing
+  // is changed then. A second call does nothing.
   void Unmerge();
   size_t weights() const { return originals_.size(); }
   const std::vector<LoraReport>& reports() const { return reports_; }  // one for each file
@@ -93,11 +99,13 @@ class MergedLora {
     Tensor value;
     uint64_t merged;  // hash of the merged value
   };
+  bool kept_ = true;
   std::vector<Original> originals_;
   std::vector<LoraReport> reports_;
 };
 // W += sum over files of weight alpha / rank up down, summed in float64 and rounded once, so the
-// order of the files makes no difference beyond that. Keeps a copy of each weight that changes.
+// order of the files makes no difference beyond that. Keeps a copy of each weight that changes
+// unless told otherwise.
 // Errors: see ResolveLora; ValueError for a weight that is not finite.
 MergedLora MergeLora(const LoraModel& model, std::span<const WeightedLora> loras,
                      const LoraOptions& options = {});

@@ -24,8 +24,34 @@ Config ReadConfig(const fs::path& path) {
   return InFile(path, [&] { return Config::FromJson(text); });
 }
 
-void LoadTensors(Layer& layer, std::map<std::string, Tensor> tensors, const fs::path& path) {
-  InFile(path, [&] { layer.LoadParameters(std::move(tensors)); });
+// A file, or its tensors without their values: what those of floating point point to must not be
+// read.
+TensorFile ReadTensors(const fs::path& path, Weights weights) {
+  if (weights == Weights::kLoad) return ReadSafetensors(path);
+  alignas(8) static std::byte nothing[8];
+  std::map<std::string, Tensor> types;
+  TensorFile file = ReadSafetensors(path, [&](const TensorEntry& entry) {
+    const bool f64 = entry.dtype == "F64";
+    if (!f64 && entry.dtype != "F32" && entry.dtype != "F16" && entry.dtype != "BF16") return true;
+    types.emplace(entry.name,
+                  Tensor::Borrow(entry.shape, f64 ? DType::kF64 : DType::kF32, nothing));
+    return false;
+  });
+  file.tensors.merge(types);
+  return file;
+}
+
+void LoadTensors(Layer& layer, std::map<std::string, Tensor> tensors, const fs::path& path,
+                 Weights weights) {
+  InFile(path, [&] {
+    if (weights == Weights::kLoad) {
+      layer.LoadParameters(std::move(tensors));
+    } else {
+      LoadReport report = layer.CheckParameters(tensors);
+      Check(report.complete(), "{}: the tensors do not fit the layer\n{}", layer.type(),
+            report.ToString());
+    }
+  });
 }
 
 void Save(const fs::path& folder, std::string_view stem, Layer& layer, const std::string& config,
@@ -94,12 +120,10 @@ std::pair<std::string, std::string> VocabularyOfFastTokenizer(const std::string&
   return {vocabulary->dump(), lines};
 }
 
-}  // namespace
-
-TensorFile ReadModelFile(const fs::path& folder, std::string_view stem) {
+TensorFile ReadModel(const fs::path& folder, std::string_view stem, Weights weights) {
   fs::path index = WeightsFile(folder, stem);
   if (index.extension() != ".json") {
-    TensorFile file = ReadSafetensors(index);
+    TensorFile file = ReadTensors(index, weights);
     file.metadata.clear();
     return file;
   }
@@ -108,7 +132,7 @@ TensorFile ReadModelFile(const fs::path& folder, std::string_view stem) {
   for (const auto& [name, file] : files) shards.insert(file);
   TensorFile result;
   for (const std::string& shard : shards) {
-    TensorFile file = ReadSafetensors(folder / shard);
+    TensorFile file = ReadTensors(folder / shard, weights);
     result.formats.merge(file.formats);
     for (auto& [name, tensor] : file.tensors) {
       auto listed = files.find(name);
@@ -125,12 +149,18 @@ TensorFile ReadModelFile(const fs::path& folder, std::string_view stem) {
   return result;
 }
 
+}  // namespace
+
+TensorFile ReadModelFile(const fs::path& folder, std::string_view stem) {
+  return ReadModel(folder, stem, Weights::kLoad);
+}
+
 UNet2DConditionConfig ReadUNetConfig(const fs::path& path) {
   return ReadConfig<UNet2DConditionConfig>(path);
 }
 
-void LoadWeights(Layer& layer, const fs::path& path) {
-  LoadTensors(layer, ReadSafetensors(path).tensors, path);
+void LoadWeights(Layer& layer, const fs::path& path, Weights weights) {
+  LoadTensors(layer, ReadTensors(path, weights).tensors, path, weights);
 }
 
 AutoencoderKLConfig ReadAutoencoderKLConfig(const fs::path& path) {
@@ -139,21 +169,22 @@ AutoencoderKLConfig ReadAutoencoderKLConfig(const fs::path& path) {
 
 CLIPTextConfig ReadCLIPTextConfig(const fs::path& path) { return ReadConfig<CLIPTextConfig>(path); }
 
-void LoadWeightsOf(UNet2DConditionModel& unet, const fs::path& folder) {
-  LoadTensors(unet, ReadModelFile(folder, kDiffusers).tensors, WeightsFile(folder, kDiffusers));
+void LoadWeightsOf(UNet2DConditionModel& unet, const fs::path& folder, Weights weights) {
+  LoadTensors(unet, ReadModel(folder, kDiffusers, weights).tensors, WeightsFile(folder, kDiffusers),
+              weights);
 }
 
-void LoadWeightsOf(AutoencoderKL& vae, const fs::path& folder) {
+void LoadWeightsOf(AutoencoderKL& vae, const fs::path& folder, Weights weights) {
   auto tensors = InFile(WeightsFile(folder, kDiffusers), [&] {
-    return AutoencoderKL::CurrentNames(ReadModelFile(folder, kDiffusers).tensors);
+    return AutoencoderKL::CurrentNames(ReadModel(folder, kDiffusers, weights).tensors);
   });
-  LoadTensors(vae, std::move(tensors), WeightsFile(folder, kDiffusers));
+  LoadTensors(vae, std::move(tensors), WeightsFile(folder, kDiffusers), weights);
 }
 
-void LoadWeightsOf(CLIPTextModel& text_encoder, const fs::path& folder) {
+void LoadWeightsOf(CLIPTextModel& text_encoder, const fs::path& folder, Weights weights) {
   LoadTensors(text_encoder,
-              CLIPTextModel::CurrentNames(ReadModelFile(folder, kTransformers).tensors),
-              WeightsFile(folder, kTransformers));
+              CLIPTextModel::CurrentNames(ReadModel(folder, kTransformers, weights).tensors),
+              WeightsFile(folder, kTransformers), weights);
 }
 
 std::unique_ptr<UNet2DConditionModel> LoadUNet(const fs::path& folder) {

@@ -2,6 +2,7 @@
 // diffusion_pytorch_model.safetensors (U-Net, autoencoder) or model.safetensors (text encoder).
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <map>
 #include <memory>
@@ -51,18 +52,24 @@ UNet2DConditionConfig ReadUNetConfig(const std::filesystem::path& path);
 AutoencoderKLConfig ReadAutoencoderKLConfig(const std::filesystem::path& path);
 CLIPTextConfig ReadCLIPTextConfig(const std::filesystem::path& path);
 
+enum class Weights : uint8_t {
+  kLoad,
+  kCheck,  // only the headers of the files are read: whether they would load; changes nothing
+};
 // The weights of a folder into a model that was made from its config.
-void LoadWeightsOf(UNet2DConditionModel& unet, const std::filesystem::path& folder);
-void LoadWeightsOf(AutoencoderKL& vae, const std::filesystem::path& folder);
-void LoadWeightsOf(CLIPTextModel& text_encoder, const std::filesystem::path& folder);
+void LoadWeightsOf(UNet2DConditionModel& unet, const std::filesystem::path& folder,
+                   Weights weights = Weights::kLoad);
+void LoadWeightsOf(AutoencoderKL& vae, const std::filesystem::path& folder,
+                   Weights weights = Weights::kLoad);
+void LoadWeightsOf(CLIPTextModel& text_encoder, const std::filesystem::path& folder,
+                   Weights weights = Weights::kLoad);
 
 // The tensors of a model in a folder, without metadata: STEM.safetensors, else the shards that
 // STEM.safetensors.index.json lists, else STEM.fp16.safetensors. Errors: FileError naming file and
 // tensor.
 TensorFile ReadModelFile(const std::filesystem::path& folder, std::string_view stem);
 
-// Copies the tensors of a file into a layer. Errors: FileError naming the file and all that does
-// not fit.
-void LoadWeights(Layer& layer, const std::filesystem::path& path);
+// The tensors of a file into a layer. Errors: FileError naming the file and all that does not fit.
+void LoadWeights(Layer& layer, const std::filesystem::path& path, Weights weights = Weights::kLoad);
 
 }  // namespace calotype

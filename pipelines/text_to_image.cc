@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include "core/random.h"
 #include "core/torch_random.h"
@@ -149,7 +152,26 @@ Tensor Guide(const Tensor& outputs, const PictureBatch& batch,
   return result;
 }
 
+Shape SampleShape(const DiffusionModel& model, const GenerateOptions& options,
+                  const PictureBatch& batch) {
+  return {batch.size(), model.channels(), options.height / model.factor(),
+          options.width / model.factor()};
+}
+
+void CheckNotCancelled(const GenerateCallbacks& callbacks) {
+  Check<CancelledError>(!callbacks.cancelled || !callbacks.cancelled(), "sampling was cancelled");
+}
+
 }  // namespace
+
+struct TextToImagePipeline::Sampling {
+  PictureBatch batch;
+  NoiseSource noise;
+  std::unique_ptr<Scheduler> scheduler;
+  int64_t first = 0;  // step
+  Tensor x;
+  Tensor start, clean, masked, mask;  // the first noise; samples of the picture and the masked one
+};
 
 std::span<const std::string_view> NoiseNames() { return kNoiseNames; }
 
@@ -167,13 +189,45 @@ std::unique_ptr<TextToImagePipeline> TextToImagePipeline::Load(const std::filesy
   return pipeline;
 }
 
+std::unique_ptr<TextToImagePipeline> TextToImagePipeline::Open(
+    const std::filesystem::path& folder, Backend backend, const jit::CompileOptions& compile,
+    const DiffusionModel::Warn& warn, std::function<void(Layer& part)> loaded) {
+  auto model = DiffusionModel::Open(folder, warn);
+  auto pipeline = std::make_unique<TextToImagePipeline>(*model, backend, compile);
+  pipeline->owned_ = std::move(model);
+  pipeline->on_demand_ = true;
+  pipeline->loaded_ = std::move(loaded);
+  return pipeline;
+}
+
+void TextToImagePipeline::LeaveOnly(const Layer& part) {
+  if (&part != &model_.unet()) ClearUNets();
+  if (&part != model_.vae()) decoders_.clear(), picture_encoders_.clear();
+  if (&part == &model_.unet() || &part == model_.vae()) encoders_.clear();
+  for (const auto& other : model_.layers()) {
+    if (other.get() != &part) other->ReleaseParameters();
+  }
+#if defined(__GLIBC__)
+  malloc_trim(0);  // what was freed between blocks in use goes back to the system
+#endif
+}
+
 template <class Key, class Make>
-GraphRunner& TextToImagePipeline::Runner(std::map<Key, std::unique_ptr<GraphRunner>>& runners,
+GraphRunner& TextToImagePipeline::Runner(Layer& part,
+                                         std::map<Key, std::unique_ptr<GraphRunner>>& runners,
                                          const Key& key, size_t most, const Make& make,
                                          const jit::CompileOptions& compile) {
   auto found = runners.find(key);
   if (found != runners.end()) return *found->second;
   if (runners.size() >= most) runners.erase(runners.begin());
+  if (on_demand_ && here_ != &part) {
+    here_ = nullptr;
+    LeaveOnly(part);
+    part.ReleaseParameters();
+    model_.LoadPart(part);
+    if (loaded_) loaded_(part);
+    here_ = &part;
+  }
   auto runner = std::make_unique<GraphRunner>(make(), backend_, compile);
   compile_seconds_ += runner->compile_seconds();
   return *(runners[key] = std::move(runner));
@@ -189,38 +243,50 @@ GraphRunner& TextToImagePipeline::UNet(const UNetShape& shape, const PictureBatc
   }
   std::string key = hooks.key;
   if (!key.empty()) key += fmt::format(" {} {}", batch.guided, batch.positives);
-  if (unets_.size() >= kMostUNets && !unets_.count({shape, key})) {
-    context_runs_ = context_runs();
-    unets_.clear();
-  }
+  const std::pair<UNetShape, std::string> id{shape, key};
+  const bool another = !unets_.count(id);
+  if (another && unets_.size() >= (on_demand_ ? 1 : kMostUNets)) ClearUNets();
   // The context is the same in all steps.
   jit::CompileOptions compile = compile_;
   compile.rare_inputs = {"encoder_hidden_states"};
-  return Runner(
-      unets_, std::pair{shape, key}, kMostUNets, [&] { return UNetGraph(model_, shape, denoise); },
+  if (on_demand_) compile.release_weights = !jit::CheckRequested();
+  GraphRunner& unet = Runner(
+      model_.unet(), unets_, id, kMostUNets, [&] { return UNetGraph(model_, shape, denoise); },
       compile);
+  // What is compiled for another shape needs the weights again.
+  if (another && backend_ == Backend::kJit && compile.release_weights) here_ = nullptr;
+  return unet;
+}
+
+void TextToImagePipeline::ClearUNets() {
+  context_runs_ = context_runs();
+  unets_.clear();
 }
 
 Tensor TextToImagePipeline::Encode(const Tensor& tokens, int64_t clip_skip) {
   const int64_t batch = tokens.shape()[0];
+  Layer* part = model_.text_encoder();
+  if (!part) part = model_.caption_encoder();
   GraphRunner& encoder = Runner(
-      encoders_, Sides{batch, clip_skip}, kMostOthers,
+      *part, encoders_, Sides{batch, clip_skip}, kMostOthers,
       [&] { return EncoderGraph(model_, batch, clip_skip); }, compile_);
   return encoder.Run(std::vector{tokens})[0];
 }
 
 Tensor TextToImagePipeline::Decode(const Tensor& latents) {
+  Check(model_.vae() != nullptr, "generate: the model has no autoencoder");
   const int64_t height = latents.shape()[2], width = latents.shape()[3];
   GraphRunner& decoder = Runner(
-      decoders_, Sides{height, width}, kMostOthers,
+      *model_.vae(), decoders_, Sides{height, width}, kMostOthers,
       [&] { return LatentDecoderGraph(model_, height, width); }, compile_);
   return decoder.Run(std::vector{latents})[0];
 }
 
 Tensor TextToImagePipeline::EncodePicture(const Tensor& picture, const Tensor& noise) {
+  Check(model_.vae() != nullptr, "generate: the model has no autoencoder");
   const int64_t height = noise.shape()[2], width = noise.shape()[3];
   GraphRunner& encoder = Runner(
-      picture_encoders_, Sides{height, width}, kMostOthers,
+      *model_.vae(), picture_encoders_, Sides{height, width}, kMostOthers,
       [&] { return LatentEncoderGraph(model_, height, width); }, compile_);
   return encoder.Run(std::vector{picture, noise})[0];
 }
@@ -277,22 +343,23 @@ Tensor TextToImagePipeline::Generate(const GenerateOptions& given,
     batches.push_back({i, i + 1, guided, first.positive.size()});
   }
 
-  std::vector<Tensor> pictures;
   int64_t done = 0;
   auto tick = [&](int64_t calls_of_batch) {
     ++done;
     if (callbacks.progress)
       callbacks.progress(done, static_cast<int64_t>(batches.size()) * calls_of_batch);
   };
-  for (const PictureBatch& batch : batches) {
-    Tensor samples = GenerateBatch(options, batch, context, tick, callbacks);
-    if (!model_.vae()) {
-      pictures.push_back(samples);
-      continue;
-    }
-    for (int64_t i = 0; i < batch.size(); ++i) {
-      Tensor one = Row(samples, i);
-      pictures.push_back(Decode(one.Reshape(samples.shape().With(0, 1))));
+  // One part of the model after the other, see Open.
+  std::vector<Sampling> begun;
+  for (const PictureBatch& batch : batches) begun.push_back(Begin(options, batch));
+  std::vector<Tensor> samples, pictures;
+  for (Sampling& sampling : begun)
+    samples.push_back(Sample(options, sampling, context, tick, callbacks));
+  for (const Tensor& batch : samples) {
+    if (!model_.vae()) pictures.push_back(batch);
+    for (int64_t i = 0; model_.vae() && i < batch.shape()[0]; ++i) {
+      CheckNotCancelled(callbacks);
+      pictures.push_back(Decode(Row(batch, i).Reshape(batch.shape().With(0, 1))));
     }
   }
   Tensor all = StackRows(pictures);
@@ -302,34 +369,27 @@ Tensor TextToImagePipeline::Generate(const GenerateOptions& given,
   return all;
 }
 
-Tensor TextToImagePipeline::GenerateBatch(
-    const GenerateOptions& options, const PictureBatch& batch,
-    const std::function<PictureContext(size_t, int64_t, int64_t)>& context,
-    const std::function<void(int64_t)>& count, const GenerateCallbacks& callbacks) {
-  auto scheduler = MakeScheduler(model_.SchedulerFor(options.sampler), {.eta = options.eta});
-  scheduler->SetTimesteps(options.steps);
-  const Guidance guidance{*options.guidance_scale, options.guidance_rescale};
-  const GenerateHooks& hooks = options.hooks;
-  const Shape shape{batch.size(), model_.channels(), options.height / model_.factor(),
-                    options.width / model_.factor()};
-  NoiseSource noise(options.rng,
-                    std::span(options.seeds).subspan(batch.begin, batch.end - batch.begin));
-
+TextToImagePipeline::Sampling TextToImagePipeline::Begin(const GenerateOptions& options,
+                                                         const PictureBatch& batch) {
+  Sampling s{
+      .batch = batch,
+      .noise = NoiseSource(options.rng,
+                           std::span(options.seeds).subspan(batch.begin, batch.end - batch.begin)),
+      .scheduler = MakeScheduler(model_.SchedulerFor(options.sampler), {.eta = options.eta})};
+  s.scheduler->SetTimesteps(options.steps);
+  const Shape shape = SampleShape(model_, options, batch);
   // The numbers are drawn in the order of diffusers' pipelines.
-  const bool inpaint = options.mask_image.has_value();
-  InitImage init;
-  Tensor clean, masked, start;  // samples of the picture and the masked one; the first noise
-  Tensor x;
-  int64_t first = 0;
   if (options.init_image) {
-    init = PrepareInitImage(*options.init_image, options.mask_image, options.width, options.height,
-                            model_.factor());
+    const bool inpaint = options.mask_image.has_value();
+    InitImage init = PrepareInitImage(*options.init_image, options.mask_image, options.width,
+                                      options.height, model_.factor());
+    s.mask = init.mask;
     auto encode = [&](const Tensor& picture) {
       std::vector<Tensor> samples(static_cast<size_t>(shape[0]), picture);
       if (!model_.vae()) return StackRows(samples);
-      const Tensor drawn = noise.Normal(noise.shared() ? shape.With(0, 1) : shape);
+      const Tensor drawn = s.noise.Normal(s.noise.shared() ? shape.With(0, 1) : shape);
       for (int64_t b = 0; b < shape[0]; ++b) {
-        if (b > 0 && noise.shared()) {
+        if (b > 0 && s.noise.shared()) {
           samples[static_cast<size_t>(b)] = samples[0];
         } else {
           samples[static_cast<size_t>(b)] =
@@ -339,25 +399,39 @@ Tensor TextToImagePipeline::GenerateBatch(
       return StackRows(samples);
     };
     const bool from_noise = inpaint && *options.strength == 1;
-    first = FirstStep(options.steps, *options.strength);
-    if (!from_noise || !model_.takes_mask()) clean = encode(init.picture);
-    start = noise.Normal(shape);
-    if (!from_noise) x = scheduler->AddNoise(clean, start, first);
+    s.first = FirstStep(options.steps, *options.strength);
+    if (!from_noise || !model_.takes_mask()) s.clean = encode(init.picture);
+    s.start = s.noise.Normal(shape);
+    if (!from_noise) s.x = s.scheduler->AddNoise(s.clean, s.start, s.first);
     if (model_.takes_mask()) {
-      masked = encode(init.masked_picture);
+      s.masked = encode(init.masked_picture);
     } else if (inpaint && model_.vae()) {
-      noise.Normal(noise.shared() ? shape.With(0, 1) : shape);  // encoded there, but not used
+      // Encoded there, but not used.
+      s.noise.Normal(s.noise.shared() ? shape.With(0, 1) : shape);
     }
   } else {
-    start = noise.Normal(shape);
+    s.start = s.noise.Normal(shape);
   }
-  if (!x.defined()) x = LinearCombination({{scheduler->init_noise_sigma(), start}});
+  if (!s.x.defined()) s.x = LinearCombination({{s.scheduler->init_noise_sigma(), s.start}});
+  return s;
+}
 
+Tensor TextToImagePipeline::Sample(
+    const GenerateOptions& options, Sampling& s,
+    const std::function<PictureContext(size_t, int64_t, int64_t)>& context,
+    const std::function<void(int64_t)>& count, const GenerateCallbacks& callbacks) {
+  const PictureBatch& batch = s.batch;
+  const GenerateHooks& hooks = options.hooks;
+  const Guidance guidance{*options.guidance_scale, options.guidance_rescale};
+  const Shape shape = SampleShape(model_, options, batch);
+  const auto& scheduler = s.scheduler;
+  const int64_t first = s.first;
+  Tensor x = s.x;
   const int64_t steps = scheduler->size() - first;
   int64_t tokens = 0;
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t i = first + step;
-    Check<CancelledError>(!callbacks.cancelled || !callbacks.cancelled(), "sampling was cancelled");
+    CheckNotCancelled(callbacks);
     std::vector<PictureContext> contexts;
     for (size_t picture = batch.begin; picture < batch.end; ++picture) {
       PictureContext one = context(picture, step, steps);
@@ -372,7 +446,7 @@ Tensor TextToImagePipeline::GenerateBatch(
     GraphRunner& unet = UNet({batch.rows(), shape[2], shape[3], tokens}, batch, hooks);
 
     Tensor input = scheduler->ScaleModelInput(x, i);
-    if (model_.takes_mask()) input = JoinMask(input, init.mask, masked);
+    if (model_.takes_mask()) input = JoinMask(input, s.mask, s.masked);
     std::vector<Tensor> rows(batch.positives + (batch.guided ? 1 : 0), input);
     std::vector<Tensor> inputs{
         rows.size() == 1 ? input : StackRows(rows),
@@ -384,10 +458,10 @@ Tensor TextToImagePipeline::GenerateBatch(
     const std::vector<Tensor> outputs = unet.Run(inputs);
     if (hooks.outputs) hooks.outputs(batch, step, std::span(outputs).subspan(1));
     const Tensor output = Guide(outputs[0], batch, contexts, guidance);
-    x = scheduler->Step(output, i, x, scheduler->NeedsNoise(i) ? noise.Normal(shape) : Tensor());
-    if (inpaint && !model_.takes_mask()) {
-      x = BlendByMask(init.mask, x,
-                      step + 1 < steps ? scheduler->AddNoise(clean, start, i + 1) : clean);
+    x = scheduler->Step(output, i, x, scheduler->NeedsNoise(i) ? s.noise.Normal(shape) : Tensor());
+    if (s.mask.defined() && !model_.takes_mask()) {
+      x = BlendByMask(s.mask, x,
+                      step + 1 < steps ? scheduler->AddNoise(s.clean, s.start, i + 1) : s.clean);
     }
     if (hooks.after_step) x = hooks.after_step(batch, step, x);
     count(steps);

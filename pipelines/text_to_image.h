@@ -114,6 +114,15 @@ class TextToImagePipeline {
                                                    Backend backend,
                                                    const jit::CompileOptions& compile = {},
                                                    const DiffusionModel::Warn& warn = {});
+  // The same for models of gigabytes: only the part that works (text encoder, U-Net, autoencoder)
+  // is in memory. Its weights are read when its turn comes, and again when it comes again, then
+  // handed to `loaded` (to merge a LoRA); compiled code takes the place of the U-Net's. Errors: as
+  // Load; FileError if files of the folder change and do not fit any more, in any later call.
+  static std::unique_ptr<TextToImagePipeline> Open(const std::filesystem::path& folder,
+                                                   Backend backend,
+                                                   const jit::CompileOptions& compile = {},
+                                                   const DiffusionModel::Warn& warn = {},
+                                                   std::function<void(Layer& part)> loaded = {});
 
   // [N, 3, height, width], about [-1, 1]. A prompt's unknown words are reported to warn and taken
   // as <unk>. Errors: ValueError for an option out of range or a prompt all of whose words are
@@ -136,18 +145,26 @@ class TextToImagePipeline {
  private:
   std::vector<PictureContext> EncodePrompts(const GenerateOptions& options,
                                             const GenerateCallbacks& callbacks);
-  Tensor GenerateBatch(const GenerateOptions& options, const PictureBatch& batch,
-                       const std::function<PictureContext(size_t, int64_t, int64_t)>& context,
-                       const std::function<void(int64_t)>& count,
-                       const GenerateCallbacks& callbacks);
+  struct Sampling;  // what a batch is sampled from
+  Sampling Begin(const GenerateOptions& options, const PictureBatch& batch);
+  Tensor Sample(const GenerateOptions& options, Sampling& sampling,
+                const std::function<PictureContext(size_t, int64_t, int64_t)>& context,
+                const std::function<void(int64_t)>& count, const GenerateCallbacks& callbacks);
   GraphRunner& UNet(const UNetShape& shape, const PictureBatch& batch, const GenerateHooks& hooks);
-  // The runner of a key, made first if there is none.
+  // The runner of a key for a part of the model, made first if there is none.
   template <class Key, class Make>
-  GraphRunner& Runner(std::map<Key, std::unique_ptr<GraphRunner>>& runners, const Key& key,
-                      size_t most, const Make& make, const jit::CompileOptions& compile);
+  GraphRunner& Runner(Layer& part, std::map<Key, std::unique_ptr<GraphRunner>>& runners,
+                      const Key& key, size_t most, const Make& make,
+                      const jit::CompileOptions& compile);
+  void ClearUNets();
+  // Of a pipeline that was opened: lets go of all that is there for other parts than this one.
+  void LeaveOnly(const Layer& part);
 
   std::unique_ptr<DiffusionModel> owned_;
   DiffusionModel& model_;
+  bool on_demand_ = false;                   // see Open
+  std::function<void(Layer& part)> loaded_;  // likewise
+  const Layer* here_ = nullptr;              // the part that on_demand_ has read
   Backend backend_;
   jit::CompileOptions compile_;
   double compile_seconds_ = 0;

@@ -403,6 +403,61 @@ TEST_F(StableDiffusionTest, ContextsMayBeGiven) {
   EXPECT_THROW(pipeline->Generate(options), Error);
 }
 
+// A pipeline that was opened reads each part when its turn comes, and draws the same pictures.
+TEST_F(StableDiffusionTest, PartsAreReadOnDemand) {
+  GenerateOptions several = Cat(), inpaint = Cat();
+  several.prompts = {"the cat", "low", "red"}, several.seeds = {7, 8, 9};
+  several.batch_size = 2;  // two shapes of the U-Net
+  inpaint.init_image = ReadPicture(kFixtures / "init.png");
+  inpaint.mask_image = ReadPicture(kFixtures / "mask.png");
+  inpaint.strength = 0.6;
+  for (Backend backend : {Backend::kEager, Backend::kJit}) {
+    SCOPED_TRACE(NameOf(backend));
+    auto whole = TextToImagePipeline::Load(Model(), backend);
+    std::vector<std::string> read;
+    auto opened = TextToImagePipeline::Open(Model(), backend, {}, {},
+                                            [&](Layer& part) { read.push_back(part.path()); });
+    EXPECT_THAT(read, ElementsAre());
+    EXPECT_THROW(opened->model().SaveParameters(), ValueError);
+    EXPECT_EQ(Difference(whole->Generate(several), opened->Generate(several)), 0);
+    const bool released = backend == Backend::kJit && !jit::CheckRequested();
+    std::vector<std::string> expected{"text_encoder", "unet", "vae"};
+    if (released) expected.insert(expected.begin() + 1, "unet");
+    EXPECT_EQ(read, expected);
+    EXPECT_THROW(opened->model().unet().NamedParameters(), ValueError);
+    EXPECT_NO_THROW(opened->model().vae()->NamedParameters());
+    read.clear();
+    EXPECT_EQ(Difference(whole->Generate(inpaint), opened->Generate(inpaint)), 0);
+    EXPECT_THAT(read, ElementsAre("text_encoder", "vae", "unet", "vae"));
+  }
+  // What is done to a part when it is read counts.
+  auto changed = TextToImagePipeline::Open(Model(), Backend::kJit, {}, {}, [&](Layer& part) {
+    if (part.path() == "unet") part.FindParameter("conv_out.bias")->Write().values()[0] += 0.5f;
+  });
+  auto plain = TextToImagePipeline::Open(Model(), Backend::kJit);
+  EXPECT_GT(Difference(plain->Generate(Cat()), changed->Generate(Cat())), 1e-3);
+}
+
+TEST_F(StableDiffusionTest, OpeningFindsDamagedWeightsBeforeAnyAreRead) {
+  auto error = [&] {
+    return MessageOf<FileError>([&] { TextToImagePipeline::Open(Model(), Backend::kJit); });
+  };
+  const fs::path vae = Model() / "vae/diffusion_pytorch_model.safetensors";
+  const auto size = fs::file_size(vae);
+  TensorFile file = ReadSafetensors(vae);
+  fs::resize_file(vae, size - 4);
+  EXPECT_THAT(error(), HasSubstr(vae.string()));
+  auto bias = file.tensors.extract("decoder.conv_in.bias");
+  file.tensors["decoder.conv_in.bais"] = Tensor::Zeros({3});
+  file.tensors.at("decoder.conv_out.bias") = Tensor::Zeros({5});
+  file.tensors.at("quant_conv.bias") =
+      Tensor::Zeros(file.tensors.at("quant_conv.bias").shape(), DType::kI64);
+  WriteSafetensors(vae, file);
+  EXPECT_THAT(error(), AllOf(HasSubstr(vae.string()), HasSubstr("decoder.conv_in.bias"),
+                             HasSubstr("decoder.conv_in.bais"), HasSubstr("[5]"),
+                             HasSubstr("quant_conv.bias: the tensor is i64")));
+}
+
 TEST_F(StableDiffusionTest, HooksSeeAndChangeTheUNetAndTheSample) {
   auto pipeline = TextToImagePipeline::Load(Model(), Backend::kJit);
   GenerateOptions options = Cat();
