@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdlib>
 #include <memory>
+#include <nlohmann/json.hpp>
 
 #include "models/json_fields.h"
 
@@ -133,25 +134,15 @@ void ForEachPiece(std::string_view text, const F& take, bool literals = true) {
   }
 }
 
-// "<|endoftext|>", or {"content": "<|endoftext|>", ...}.
-void ReadToken(JsonFields& fields, const std::string& name, std::string& token) {
-  nlohmann::json value = token;
-  fields.ReadJson(name, value);
-  if (value.is_object()) value = value.value("content", nlohmann::json());
-  Check(value.is_string() && !value.get<std::string>().empty(),
-        "{}: field '{}' must be a token or an object with its 'content'", kOwner, name);
-  token = value.get<std::string>();
-}
-
 }  // namespace
 
 CLIPTokenizerConfig CLIPTokenizerConfig::FromJson(std::string_view text) {
   CLIPTokenizerConfig c;
   JsonFields fields(kOwner, text);
-  ReadToken(fields, "bos_token", c.bos_token);
-  ReadToken(fields, "eos_token", c.eos_token);
-  ReadToken(fields, "unk_token", c.unk_token);
-  ReadToken(fields, "pad_token", c.pad_token);
+  fields.Token("bos_token", c.bos_token);
+  fields.Token("eos_token", c.eos_token);
+  fields.Token("unk_token", c.unk_token);
+  fields.Token("pad_token", c.pad_token);
   fields.Field("model_max_length", c.model_max_length);
   Check(c.model_max_length >= 2, "{}: field 'model_max_length' is {}, must be at least 2", kOwner,
         c.model_max_length);
