@@ -91,7 +91,8 @@ struct TrainOptions {
     f("train_text_encoder", o.train_text_encoder, "Train CLIP, too, not the U-Net alone", false);
     f("resolution", o.resolution, "Side of the pictures; 0: that of the model", false);
     f("caption_tokens", o.caption_tokens,
-      "Words of a caption that are read; 0: of the longest caption, at most 77", false);
+      "Words of a caption that are read, in a row behind <start>; 0: 76, a row of 77 as CLIP's",
+      false);
     f("caption_layers", o.caption_layers, "Transformer blocks of the caption encoder", false);
     f("center_crop", o.center_crop,
       "Cut the centre out of pictures that are not square, not a random part", false);

@@ -12,15 +12,10 @@
 namespace calotype {
 namespace {
 
-constexpr int64_t kMostCaptionTokens = 77;
-
-// Words of the longest caption, within [1, kMostCaptionTokens].
-int64_t LongestCaption(const std::vector<std::string>& captions) {
-  size_t longest = 1;
-  for (const std::string& caption : captions)
-    longest = std::max(longest, CaptionWords(caption).size());
-  return std::min(static_cast<int64_t>(longest), kMostCaptionTokens);
-}
+// <start> and the words of a caption in a row as long as CLIP's. Most of it is padding, on which
+// pixels rest that no word helps: with rows as short as the captions each word would be looked at
+// from everywhere.
+constexpr int64_t kCaptionRow = 77;
 
 // Pixels of a side that the model is made for.
 int64_t SideOf(const TrainOptions& options) {
@@ -127,9 +122,7 @@ std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dat
   }
   CaptionEncoderConfig encoder;
   encoder.vocabulary = CaptionTokenizer::BuildVocabulary(captions);
-  const int64_t words =
-      options.caption_tokens > 0 ? options.caption_tokens : LongestCaption(captions);
-  encoder.max_length = 1 + words;  // <start> and the words
+  encoder.max_length = options.caption_tokens > 0 ? 1 + options.caption_tokens : kCaptionRow;
   encoder.hidden_size = unet.cross_attention_dim[0];
   encoder.num_layers = options.caption_layers;
   auto model = std::make_unique<DiffusionModel>(DiffusionModelConfig{
