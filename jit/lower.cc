@@ -297,15 +297,19 @@ void Lowering::WriteUpdates() {
 // reads the old value later, and the kernel reads it only where it writes.
 void Lowering::UpdateInPlace() {
   std::vector<Step>& steps = program_.steps;
-  size_t first = steps.size();
-  while (first > 0 && steps[first - 1].label.starts_with("update ")) --first;
+  auto writes_parameter = [&](const Step& step) {
+    const auto* loop = std::get_if<LoopSpec>(&step.spec);
+    return loop != nullptr && loop->outputs.size() == 1 &&
+           program_.buffers[step.buffers[loop->outputs[0].pointer]].storage == Storage::kParameter;
+  };
   std::vector<std::vector<std::pair<int, bool>>> uses(program_.buffers.size());  // (step, written)
   for (size_t s = 0; s < steps.size(); ++s) {
     ForEachOperand(steps[s].spec, [&](const Operand& operand, bool written) {
       uses[steps[s].buffers[operand.pointer]].emplace_back(static_cast<int>(s), written);
     });
   }
-  for (size_t u = first; u < steps.size(); ++u) {
+  for (size_t u = 0; u < steps.size(); ++u) {
+    if (!writes_parameter(steps[u])) continue;
     const auto& copy = std::get<LoopSpec>(steps[u].spec);
     int from = steps[u].buffers[copy.inputs[0].pointer];
     int to = steps[u].buffers[copy.outputs[0].pointer];

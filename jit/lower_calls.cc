@@ -41,7 +41,7 @@ View Lowering::OutputPlace(int node, int output, const std::string& label) {
 void Lowering::CheckIndices(const View& indices, int64_t limit, const std::string& label) {
   Storage storage = program_.buffers[indices.buffer].storage;
   Check<UnsupportedError>(
-      storage != Storage::kArena,
+      storage == Storage::kInput || storage == Storage::kConstant || storage == Storage::kParameter,
       "{}: indices that the graph computes cannot be compiled; pass them as an input", label);
   program_.checks.push_back({indices, limit, label});
 }

@@ -235,7 +235,11 @@ void Groups::Absorb(int reduce) {
         continue;
       }
       auto axes = atoms.Reshape(reached[node], from);  // drops leading axes of size 1
-      if (axes) reach(input, *axes);
+      if (axes) {
+        reach(input, *axes);
+      } else {
+        refused.insert(TraceOf(input).root.node);
+      }
     }
   }
   size_t instructions = 0;

@@ -221,7 +221,11 @@ CompiledKernels CompileKernels(std::span<const NamedSpec> specs, const Target& t
     } else {
       symbols[i] = SymbolOf(named.name, number++);
     }
-    objects[i] = Compile(named.spec, symbols[i], target, dump_folder);
+    try {
+      objects[i] = Compile(named.spec, symbols[i], target, dump_folder);
+    } catch (const UnsupportedError& error) {
+      Fail<UnsupportedError>("{}: {}", named.name, error.what());
+    }
     ++compiled;
     std::string_view bytes(objects[i].data(), objects[i].size());
     std::string problem = ObjectProblem(bytes, symbols[i]);

@@ -1,6 +1,6 @@
 // What Compile can be asked for besides the plain code: choices by measuring, weights released
-// after packing; and two passes over whole programs: chains of row-wise steps, pictures turned in
-// blocks.
+// after packing; two passes over whole programs: chains of row-wise steps, pictures turned in
+// blocks; and what is refused, leaving everything as it was.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -12,6 +12,7 @@
 #include "core/random.h"
 #include "graph/functions.h"
 #include "graph/interpreter.h"
+#include "graph/op.h"
 #include "jit/compile.h"
 #include "jit/contraction_plan.h"
 #include "jit/lower.h"
@@ -255,7 +256,7 @@ TEST(ReleaseWeights, WhatOnlyRareInputsNeedMayChange) {
   ASSERT_GT(compiled->Stats().derive_steps, 0);
   ASSERT_FALSE(w->value().defined());
   Tensor before = compiled->Run(inputs)[0];
-  scale->Write() = Random(9, "scale").UniformTensor({48}, -1, 1);
+  scale->Write().CopyFrom(Random(9, "scale").UniformTensor({48}, -1, 1));
   Tensor after = compiled->Run(inputs)[0];
   EXPECT_GT(std::abs(after.data()[0] - before.data()[0]), 1e-3);
   EXPECT_EQ(compiled->Stats().repacks, 1);
@@ -327,6 +328,123 @@ TEST(Turned, APictureChannelsFirstIsWrittenInBlocks) {
   EXPECT_EQ(products, 1);
   EXPECT_EQ(turned, 2) << "the residual before, the result after";
   ExpectSame(*Compile(graph), graph, 1e-5);
+}
+
+// ------------------------------------------------------------------------------------ refusals
+
+std::vector<TensorType> SameType(const InferContext& context) { return {context.inputs[0]}; }
+
+// An op that somebody has written without a kernel or a decomposition.
+const Op kOddOp{.name = "Odd",
+                .kind = OpKind::kCall,
+                .min_arity = 1,
+                .max_arity = 1,
+                .doc = "",
+                .source = "",
+                .infer = SameType};
+
+using Refusals = OwnCache;
+
+TEST_F(Refusals, LeaveWeightsAndCacheAsTheyWere) {
+  ParameterPtr w = MakeParameter("w", {64, 48});
+  auto model = [&](ComputationGraph& graph) {
+    return MatMul(graph.Input("x", {32, 48}), graph.ParameterLeaf(w), false, true);
+  };
+  auto untouched = [&] {
+    EXPECT_TRUE(w->value().defined());
+    EXPECT_EQ(w->version(), 0u);
+    EXPECT_TRUE(!fs::exists(folder()) || fs::is_empty(folder()));
+  };
+  ComputationGraph odd;
+  {
+    ComputationGraph::Label label(odd, "decoder.head");
+    odd.Output("y", odd.EmitOne(kOddOp, std::vector<Value>{model(odd)}));
+  }
+  EXPECT_THAT(MessageOf<UnsupportedError>([&] { Compile(odd, {.release_weights = true}); }),
+              AllOf(HasSubstr("decoder.head: Odd"), HasSubstr("f32[32, 64]")));
+  untouched();
+
+  ComputationGraph wide;  // one head of 20,000 numbers
+  {
+    ComputationGraph::Label label(wide, "mid.attention");
+    Value q = wide.Input("q", {1, 4, 20000});
+    wide.Output("y", model(wide));
+    wide.Output("z", Attention(q, q, q, {.heads = 1, .scale = 1}).out);
+  }
+  EXPECT_THAT(MessageOf<UnsupportedError>([&] { Compile(wide, {.release_weights = true}); }),
+              AllOf(HasSubstr("mid.attention"), HasSubstr("20000")));
+  EXPECT_TRUE(w->value().defined());
+
+  ComputationGraph plain;
+  plain.Output("y", model(plain));
+  fs::remove_all(folder());
+  EXPECT_THROW(Compile(plain, {.release_weights = true, .memory_bytes = 1000}), OutOfMemoryError);
+  untouched();
+
+  fs::create_directories(folder());
+  fs::permissions(folder(), fs::perms::owner_read | fs::perms::owner_exec);
+  EXPECT_THAT(MessageOf<FileError>([&] { Compile(plain, {.release_weights = true}); }),
+              HasSubstr("read-only"));
+  untouched();
+  fs::permissions(folder(), fs::perms::owner_all);
+  ExpectSame(*Compile(plain), plain, 1e-5);
+}
+
+TEST_F(Refusals, AParameterKeepsItsMemory) {
+  ComputationGraph graph;
+  ParameterPtr scale = MakeParameter("scale", {48});
+  graph.Output("y", graph.Input("x", {32, 48}) * graph.ParameterLeaf(scale));
+  auto compiled = Compile(graph);
+  std::vector<Tensor> inputs = Randoms(graph), outputs = {Tensor::Full({32, 48}, 7)};
+  Tensor old = scale->value();
+  scale->Write() = old.Clone();
+  EXPECT_THAT(MessageOf<ValueError>([&] { compiled->Run(inputs, outputs); }),
+              AllOf(HasSubstr("parameter scale"), HasSubstr("CopyFrom")));
+  EXPECT_EQ(outputs[0].data()[0], 7) << "nothing is written";
+  scale->Write() = old;
+  ExpectSame(*compiled, graph, 0);
+}
+
+TEST_F(Refusals, AnInputIsNoParameterThatIsUpdated) {
+  ComputationGraph graph;
+  ParameterPtr w = MakeParameter("w", {8, 8});
+  Value p = graph.ParameterLeaf(w), x = graph.Input("x", {8, 8});
+  graph.Update(p, p * 0.5f);
+  graph.Output("y", MatMul(x, x));
+  auto compiled = Compile(graph);
+  Tensor before = w->value().Clone();
+  EXPECT_THAT(MessageOf<ValueError>([&] { compiled->Run(std::vector{w->value()}); }),
+              AllOf(HasSubstr("input \"x\""), HasSubstr("parameter w")));
+  ExpectNear(w->value(), before, 0);
+  compiled->Run(std::vector{before});
+  EXPECT_EQ(w->value().data()[0], 0.5f * before.data()[0]);
+}
+
+TEST_F(Refusals, IndicesThatTheGraphMakesAreNoneEvenAsOutputs) {
+  ComputationGraph graph;
+  TensorType three{DType::kI64, {3}};
+  Value i = Concat({graph.Input("i", three), graph.Input("j", three)}, 0);
+  graph.Output("indices", i);
+  graph.Output("y", Gather(graph.Input("x", {9, 4}), i));
+  EXPECT_THAT(MessageOf<UnsupportedError>([&] { Compile(graph); }), HasSubstr("as an input"));
+}
+
+// Labels are the caller's: one that reads like a step of the lowering's own means nothing.
+TEST(Labels, AreNotInterpreted) {
+  ComputationGraph graph;
+  ComputationGraph::Label label(graph, "update w");
+  ParameterPtr w = MakeParameter("w", {48, 64}), m = MakeParameter("m", {32, 64});
+  Value x = graph.Input("x", {32, 48}), p = graph.ParameterLeaf(m);
+  Value y = MatMul(x, graph.ParameterLeaf(w));
+  graph.Update(p, p * 0.5f + y);
+  graph.Output("z", Sum(y * y, {1}));
+  Tensor before = m->value().Clone();
+  std::vector<Tensor> inputs = Randoms(graph), expected = Interpreter(graph).Run(inputs);
+  Tensor after = m->value().Clone();
+  m->Write().CopyFrom(before);
+  std::vector<Tensor> actual = Compile(graph)->Run(inputs);
+  ExpectNear(actual[0], expected[0], 1e-5);
+  ExpectNear(m->value(), after, 1e-5);
 }
 
 }  // namespace

@@ -123,6 +123,9 @@ Executable::Executable(ExecutableData data) : data_(std::move(data)) {
   free_.reserve(64);
   free_.push_back(NewWorkspace());
   Prepare();
+  for (const ParameterPtr& parameter : data_.parameters) {
+    addresses_.push_back(parameter->value().raw());
+  }
 }
 
 Executable::~Executable() {
@@ -212,8 +215,8 @@ std::shared_ptr<Executable::Prepared> Executable::Prepare() {
         data_.packed[changed]->name());
   }
   // A block that no call uses is written again; otherwise calls keep the old one to their end.
-  std::shared_ptr<Prepared> next =
-      prepared_ && prepared_.use_count() == 1 ? prepared_ : std::make_shared<Prepared>();
+  const bool unused = prepared_ && prepared_.use_count() == 1 && prepared_->memory.use_count() == 1;
+  std::shared_ptr<Prepared> next = unused ? prepared_ : std::make_shared<Prepared>();
   if (!next->memory) {
     next->memory = AllocateStorage(std::max<int64_t>(data_.stats.persistent_bytes, 64));
   }
@@ -327,6 +330,25 @@ void Executable::CheckArguments(std::span<const Tensor> inputs, std::span<Tensor
   }
 }
 
+// The code holds the addresses of the parameters' memory.
+void Executable::CheckParameters(std::span<const Tensor> inputs) const {
+  for (size_t p = 0; p < addresses_.size(); ++p) {
+    const Tensor& value = data_.parameters[p]->value();
+    Check(addresses_[p] == nullptr || !value.defined() || value.raw() == addresses_[p],
+          "run: parameter {} has another tensor than when the graph was compiled; write into it "
+          "(Write().CopyFrom(x)), or compile again",
+          data_.parameters[p]->name());
+  }
+  for (const ParameterPtr& parameter : data_.updated) {
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      Check(
+          !Overlap(inputs[i], parameter->value()),
+          "run: input \"{}\" shares memory with parameter {}, which the graph updates; pass a copy",
+          data_.input_names[i], parameter->name());
+    }
+  }
+}
+
 void Executable::CheckIndices(const Places& places) const {
   for (const ExecutableData::IndexCheck& check : data_.checks) {
     const void* base = Address(data_.buffers[check.buffer], places);
@@ -409,6 +431,7 @@ void Executable::Run(std::span<const Tensor> inputs, std::span<Tensor> outputs,
 void Executable::RunOnce(std::span<const Tensor> inputs, std::span<Tensor> outputs,
                          RunProfile* profile) {
   CheckArguments(inputs, outputs);
+  CheckParameters(inputs);
   std::shared_ptr<Prepared> prepared = Prepare();
   Places places{.persistent = prepared->memory.get(), .inputs = inputs, .outputs = outputs};
   CheckIndices(places);

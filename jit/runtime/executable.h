@@ -111,8 +111,9 @@ class Executable {
   // Runs the graph: inputs in the order of its inputs, outputs in the order of its outputs. Applies
   // its updates to the parameters, whose versions grow. Weights changed since the last call (see
   // Parameter::Write) are seen. Several threads may call Run at once if the graph has no updates.
-  // Errors: ShapeError naming an input that does not fit, ValueError for an index out of range;
-  // then nothing has been written.
+  // Errors: ShapeError naming an input that does not fit, ValueError for an index out of range, for
+  // a parameter whose tensor has been replaced instead of written to, or for an input that shares
+  // memory with a parameter that the graph updates; then nothing has been written.
   std::vector<Tensor> Run(std::span<const Tensor> inputs);
   // As above into existing tensors, which must not overlap inputs, parameters or each other
   // (Errors: ValueError). Allocates nothing unless weights or rare inputs have changed or
@@ -134,6 +135,7 @@ class Executable {
   struct Places;
 
   void CheckArguments(std::span<const Tensor> inputs, std::span<Tensor> outputs) const;
+  void CheckParameters(std::span<const Tensor> inputs) const;
   void CheckIndices(const Places& places) const;
   std::shared_ptr<Prepared> Prepare();
   std::shared_ptr<Derived> Derive(const Prepared& prepared, std::span<const Tensor> inputs);
@@ -147,7 +149,8 @@ class Executable {
                       RunProfile* profile);
 
   ExecutableData data_;
-  std::mutex mutex_;  // guards prepared_, derived_ and free_
+  std::vector<const void*> addresses_;  // of the parameters; null for those released
+  std::mutex mutex_;                    // guards prepared_, derived_ and free_
   std::shared_ptr<Prepared> prepared_;
   std::shared_ptr<Derived> derived_;
   std::vector<std::unique_ptr<Workspace>> free_;
