@@ -35,7 +35,8 @@ struct CaptionEncoderConfig {
 //   x = token_embedding[ids] + position_embedding[0..T)
 //   each block: x += attn1(norm1(x)), x += ff(norm3(x))
 //   y = final_layer_norm(x) if there is one
-// Padding is a word like others: it is not masked (with `causal`, the words before it do not see it).
+// Padding is a word like others: it is not masked (with `causal`, the words before it do not see
+// it).
 class CaptionEncoder : public Layer {
  public:
   explicit CaptionEncoder(const CaptionEncoderConfig& config);

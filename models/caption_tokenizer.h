@@ -1,6 +1,6 @@
 // CaptionTokenizer: captions as rows of word numbers, for a model that is trained on one data set.
-// The vocabulary is the set of words that the data set's captions contain. As CLIP's tokenizer does,
-// it can set a start token before the words of each row, on which attention can rest.
+// The vocabulary is the set of words that the data set's captions contain. As CLIP's tokenizer
+// does, it can set a start token before the words of each row, on which attention can rest.
 #pragma once
 
 #include <cstdint>

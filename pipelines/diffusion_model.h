@@ -92,7 +92,7 @@ class DiffusionModel : public Layer {
   const CLIPTokenizer* tokenizer() const { return tokenizer_.get(); }  // of text_encoder
   // That of a caption encoder; null for CLIP.
   const CaptionTokenizer* caption_tokenizer() const { return words_ ? &*words_ : nullptr; }
-  AutoencoderKL* vae() { return vae_; }                                // null: samples are pictures
+  AutoencoderKL* vae() { return vae_; }  // null: samples are pictures
 
   // CLIP and an autoencoder. As in diffusers' pipeline the schedule then has steps_offset 1 and
   // clip_sample false, whatever its file says.

@@ -45,15 +45,15 @@ PromptEncoder MakePromptEncoder(TextToImagePipeline& pipeline, int64_t clip_skip
                                 const DiffusionModel::Warn& warn = {});
 
 struct A1111Options {
-  int64_t min_chunks = 1;     // empty ones are added
-  bool inner_markers = true;  // false: bos and eos only at the ends of the whole
+  int64_t min_chunks = 1;        // empty ones are added
+  bool inner_markers = true;     // false: bos and eos only at the ends of the whole
   int64_t comma_backtrack = 20;  // 0: chunks end anywhere
 };
 // The tokens of the runs in chunks of capacity() tokens, each within bos and eos and filled with
-// eos (pad if there is none), a BREAK ends a chunk. A full chunk whose last comma is one of its last
-// `comma_backtrack` tokens ends behind that comma, and the tokens behind it begin the next chunk,
-// unless a comma follows the full chunk. E their embeddings one behind the other [T, D],
-// T = L times the number of chunks, w the weights of the tokens (1 for bos, eos and padding):
+// eos (pad if there is none), a BREAK ends a chunk. A full chunk whose last comma is one of its
+// last `comma_backtrack` tokens ends behind that comma, and the tokens behind it begin the next
+// chunk, unless a comma follows the full chunk. E their embeddings one behind the other [T, D], T =
+// L times the number of chunks, w the weights of the tokens (1 for bos, eos and padding):
 //   E' = w E;  E' mean(E) / mean(E')
 // Errors: NumericError if mean(E') is 0.
 Tensor EncodeA1111(const PromptEncoder& encoder, std::span<const WeightedText> runs,

@@ -19,8 +19,8 @@
 #include "pipelines/rows.h"
 #include "tests/expect_error.h"
 #include "tests/temp_folder.h"
-#include "tests/tiny_stable_diffusion.h"
 #include "tests/tiny_model.h"
+#include "tests/tiny_stable_diffusion.h"
 
 namespace calotype {
 

@@ -11,8 +11,9 @@
 namespace calotype::test {
 
 struct TinyModelOptions {
-  float sharpness = 1;  // factor of queries and keys: 2 for probabilities that are not next to equal
-  bool start = false;   // rows begin with <start>; 8 tokens either way
+  float sharpness =
+      1;               // factor of queries and keys: 2 for probabilities that are not next to equal
+  bool start = false;  // rows begin with <start>; 8 tokens either way
 };
 inline std::unique_ptr<DiffusionModel> TinyModel(const TinyModelOptions& options = {}) {
   SetThreads(1);
