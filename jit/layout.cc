@@ -1,6 +1,7 @@
 #include "jit/layout.h"
 
 #include <algorithm>
+#include <set>
 
 #include "jit/lower_ops.h"
 
@@ -26,7 +27,13 @@ View WholeAxes(const View& like, const Shape& shape) {
 
 class Layouts {
  public:
-  explicit Layouts(const ComputationGraph& graph) : graph_(graph) {}
+  explicit Layouts(const ComputationGraph& graph) : graph_(graph) {
+    for (const ComputationNode& node : graph.nodes()) {
+      if (node.op == &kConv2dOp || node.op == &kCorrelateOp || node.op == &kWinogradInputOp) {
+        convolved_.insert(node.inputs[0].node);
+      }
+    }
+  }
 
   std::vector<std::vector<View>> Run() {
     for (size_t i = 0; i < graph_.nodes().size(); ++i) {
@@ -64,7 +71,16 @@ class Layouts {
     }
     if (IsElementwise(node)) return Elementwise(node, row_major);
     if (IsTransparent(node)) return Transparent(node, row_major);
-    if (IsAssembled(node)) return WholeAxes(Of(node.inputs[0]), shape);
+    if (IsAssembled(node)) {
+      // A caller's picture is copied anyway, into the order that its convolution reads best.
+      constexpr int64_t kFewChannels = 16;
+      if (node.op == &kPadOp && from_leaf_[node.inputs[0].node] &&
+          convolved_.count(static_cast<int32_t>(layouts_.size())) > 0 && shape.rank() == 4 &&
+          shape[1] >= kFewChannels) {
+        return DenseInOrder(-1, DType::kF32, shape, kChannelsLast);
+      }
+      return WholeAxes(Of(node.inputs[0]), shape);
+    }
     if (IsReduce(node)) {
       const View& x = Of(node.inputs[0]);
       const auto& axes = node.attrs.Ints("axes");
@@ -112,6 +128,7 @@ class Layouts {
   const ComputationGraph& graph_;
   std::vector<std::vector<View>> layouts_;
   std::vector<bool> from_leaf_;  // a leaf or a view of one
+  std::set<int32_t> convolved_;  // nodes that a convolution reads as its picture
 };
 
 }  // namespace

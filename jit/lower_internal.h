@@ -79,6 +79,11 @@ class Lowering {
     std::vector<LoopOperand> operands;
   };
   RegionEpilogue EvaluateEpilogue(const Group& group, const std::vector<RegionOutput>& outputs);
+  using Turned = std::vector<std::pair<LoopOperand, LoopOperand>>;  // temporary, place
+  bool WorthTurning(const AtomAxis& space, int64_t columns) const;
+  Turned TurnColumns(const AtomAxis& space, RegionEpilogue& epilogue,
+                     std::vector<RegionOutput>& outputs, const std::string& label);
+  void TurnBack(const Turned& turned, std::vector<RegionOutput>& outputs, const std::string& label);
   std::string RegionLabel(const Group& group) const;
 
   // --- Contractions (lower_contract.cc).
@@ -87,7 +92,7 @@ class Lowering {
     AtomAxis m, n, k;
   };
   Contraction MakeContraction(Group& group);
-  bool TurnsColumns(const Contraction& c, const AtomAxis& mn, int64_t columns) const;
+  bool ColumnsInLanes(const Contraction& c, const AtomAxis& mn) const;
   View Pack(const View& view, const std::string& label);
   View SinglePieces(ValueId value, std::initializer_list<int> axes);
   bool IsFixed(const View& view) const;

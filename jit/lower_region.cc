@@ -331,14 +331,17 @@ int64_t Lowering::SumParts(const AtomAxis& m, int64_t n, const AtomAxis& k) cons
   return 1;
 }
 
-// True if a contraction has its columns in the lanes, so that they should lie side by side in what
-// the epilogue reads and writes, and is large enough for turning to pay.
-bool Lowering::TurnsColumns(const Contraction& c, const AtomAxis& mn, int64_t columns) const {
+// True if there are enough results, and enough columns in the lanes, for turning to pay.
+bool Lowering::WorthTurning(const AtomAxis& space, int64_t columns) const {
   constexpr int64_t kFewestResults = 32 * 1024;
-  if (columns < HostTarget().vector_width) return false;
   int64_t results = 1;
-  for (int atom : mn) results *= groups_.atoms.extent(atom);
-  if (results < kFewestResults) return false;
+  for (int atom : space) results *= groups_.atoms.extent(atom);
+  return columns >= HostTarget().vector_width && results >= kFewestResults;
+}
+
+// True if a contraction has its columns in the lanes, so that they should lie side by side in what
+// the epilogue reads and writes.
+bool Lowering::ColumnsInLanes(const Contraction& c, const AtomAxis& mn) const {
   AtomAxis mk = mn;
   mk.pop_back();
   for (int atom : groups_.atoms.Leaves(c.k)) mk.push_back(atom);
@@ -347,6 +350,49 @@ bool Lowering::TurnsColumns(const Contraction& c, const AtomAxis& mn, int64_t co
     if (strides[i] == 1) return false;  // pixels may lie in the lanes instead
   }
   return true;
+}
+
+// Results and operands whose columns (the last atom of `space`) lie far apart, pictures
+// channels-first, are turned by loops of their own, in square blocks, instead of element by
+// element: the operands now, and the outputs, which become temporaries, by TurnBack.
+Lowering::Turned Lowering::TurnColumns(const AtomAxis& space, RegionEpilogue& epilogue,
+                                       std::vector<RegionOutput>& outputs,
+                                       const std::string& label) {
+  auto apart = [&](const LoopOperand& operand) {
+    const int64_t stride = StridesAlong(operand, space).back();
+    return stride != 0 && stride != 1;
+  };
+  for (LoopOperand& operand : epilogue.operands) {
+    if (!apart(operand)) continue;
+    std::vector<int64_t> strides = StridesAlong(operand, space);
+    AtomAxis moving;
+    for (size_t i = 0; i < space.size(); ++i) {
+      if (strides[i] != 0) moving.push_back(space[i]);
+    }
+    LoopOperand rows = NewTemporary(moving, label + " (turned)");
+    AddLoop({operand}, Identity(), {rows}, label + " (turned)");
+    ++program_.conversions;
+    operand = rows;
+  }
+  Turned turned;
+  for (RegionOutput& output : outputs) {
+    if (!apart(output.place)) continue;
+    LoopOperand rows = NewTemporary(space, label + " (to turn)");
+    turned.emplace_back(rows, output.place);
+    output.place = rows;
+  }
+  return turned;
+}
+
+void Lowering::TurnBack(const Turned& turned, std::vector<RegionOutput>& outputs,
+                        const std::string& label) {
+  for (const auto& [rows, place] : turned) {
+    AddLoop({rows}, Identity(), {place}, label + " (turned)");
+    ++program_.conversions;
+    for (RegionOutput& output : outputs) {
+      if (output.place.view.buffer == rows.view.buffer) output.place = place;
+    }
+  }
 }
 
 void Lowering::LowerContraction(Group& group, const std::string& label) {
@@ -364,32 +410,9 @@ void Lowering::LowerContraction(Group& group, const std::string& label) {
   AtomAxis mn = m;  // the space of the epilogue
   if (!n.empty()) mn.push_back(n.back());
 
-  // Results and operands whose columns lie far apart (a picture channels-first) are turned by loops
-  // of their own, in square blocks, instead of element by element.
-  std::vector<std::pair<LoopOperand, LoopOperand>> turned;  // temporary, place
-  if (TurnsColumns(c, mn, columns)) {
-    auto apart = [&](const LoopOperand& operand) {
-      const int64_t stride = StridesAlong(operand, mn).back();
-      return stride != 0 && stride != 1;
-    };
-    for (LoopOperand& operand : epilogue.operands) {
-      if (!apart(operand)) continue;
-      std::vector<int64_t> strides = StridesAlong(operand, mn);
-      AtomAxis moving;
-      for (size_t i = 0; i < mn.size(); ++i) {
-        if (strides[i] != 0) moving.push_back(mn[i]);
-      }
-      LoopOperand rows = NewTemporary(moving, label + " (turned)");
-      AddLoop({operand}, Identity(), {rows}, label + " (turned)");
-      ++program_.conversions;
-      operand = rows;
-    }
-    for (RegionOutput& output : outputs) {
-      if (!apart(output.place)) continue;
-      LoopOperand rows = NewTemporary(mn, label + " (to turn)");
-      turned.emplace_back(rows, output.place);
-      output.place = rows;
-    }
+  Turned turned;
+  if (WorthTurning(mn, columns) && ColumnsInLanes(c, mn)) {
+    turned = TurnColumns(mn, epilogue, outputs, label);
   }
 
   AtomAxis parts;
@@ -451,13 +474,7 @@ void Lowering::LowerContraction(Group& group, const std::string& label) {
     }
     AddReduce(std::move(sum), label + " (sum of parts)");
   }
-  for (const auto& [rows, place] : turned) {
-    AddLoop({rows}, Identity(), {place}, label + " (turned)");
-    ++program_.conversions;
-    for (RegionOutput& output : outputs) {
-      if (output.place.view.buffer == rows.view.buffer) output.place = place;
-    }
-  }
+  TurnBack(turned, outputs, label);
   FinishOutputs(outputs, label);
 }
 

@@ -424,7 +424,7 @@ void Lowering::LowerWinogradWeight(int node, const std::string& label) {
 void Lowering::LowerWinogradOutput(Group& group, const std::string& label) {
   Atoms& atoms = groups_.atoms;
   std::vector<RegionOutput> outputs = Outputs(group);
-  const RegionEpilogue epilogue = EvaluateEpilogue(group, outputs);
+  RegionEpilogue epilogue = EvaluateEpilogue(group, outputs);
 
   const AtomAxes& y =
       group.axes.at(group.anchor);  // rows and columns are (tile, pixel of the tile)
@@ -442,6 +442,14 @@ void Lowering::LowerWinogradOutput(Group& group, const std::string& label) {
   part(y[2], tiles[1], pixel_rows);
   part(y[3], tiles[2], pixel_columns);
   Check<InternalError>(atoms.Fit(tiles, m), "{}: {} cannot be walked", label, m.ToString());
+  AtomAxis space;
+  for (int axis : {0, 2, 3, 1}) {
+    for (int atom : atoms.Leaves(y[axis])) space.push_back(atom);
+  }
+  Turned turned;
+  if (!space.empty() && WorthTurning(space, atoms.extent(space.back()))) {
+    turned = TurnColumns(space, epilogue, outputs, label);
+  }
 
   // The loops of the first output without those inside a tile.
   pixel_rows = atoms.Leaves(pixel_rows);
@@ -499,6 +507,7 @@ void Lowering::LowerWinogradOutput(Group& group, const std::string& label) {
     }
   }
   AddLoop(builder.operands(), builder.Finish(results), places, label);
+  TurnBack(turned, outputs, label);
   FinishOutputs(outputs, label);
 }
 

@@ -260,7 +260,9 @@ TEST(Convolution, WinogradMatchesFloat64) {
                                    {4, 40, 24, 10, 10, {1, 0, 0, 0, 0}},
                                    {5, 64, 48, 4, 20, {1, 2, 0, 0, 2}},
                                    {2, 40, 64, 14, 10, Conv2dOptions::Padded(1, 1)},
-                                   {1, 96, 96, 8, 8, Conv2dOptions::Padded(1, 1)}};
+                                   {1, 96, 96, 8, 8, Conv2dOptions::Padded(1, 1)},
+                                   // Large enough for pictures channels-first to be turned.
+                                   {2, 40, 72, 16, 28, Conv2dOptions::Padded(1, 1)}};
   for (const Case& c : cases) {
     SCOPED_TRACE(fmt::format("batch {} channels {} -> {} size {} x {}", c.batch, c.in, c.out,
                              c.height, c.width));
@@ -281,6 +283,9 @@ TEST(Convolution, WinogradMatchesFloat64) {
     std::vector<Tensor> inputs = Randoms(graph);
     auto winograd = Compile(graph), direct = Compile(graph, {.winograd_bytes = 0});
     EXPECT_GT(winograd->Stats().steps, direct->Stats().steps);
+    if (y.shape().elements() > 60000) {
+      EXPECT_GE(winograd->Stats().conversions, 5) << "w in both ways, residual, y and dx turned";
+    }
     std::vector<Tensor> a = winograd->Run(inputs), b = direct->Run(inputs);
     std::vector<Tensor> reference = Interpreter(graph).RunReference(inputs);
     for (size_t o = 0; o < a.size(); ++o) {
