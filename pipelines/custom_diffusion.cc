@@ -16,6 +16,8 @@ namespace fs = std::filesystem;
 
 constexpr std::string_view kProcessor = ".processor";
 constexpr std::string_view kMark = "_custom_diffusion";
+constexpr std::string_view kOutWeight = "to_out_custom_diffusion.0.weight",
+                           kOutBias = "to_out_custom_diffusion.0.bias";
 
 std::string Relative(const Layer& unet, const std::string& name) {
   return name.substr(unet.path().empty() ? 0 : unet.path().size() + 1);
@@ -146,6 +148,14 @@ void MergeCustomDiffusion(const CustomDiffusion& custom, Layer& unet) {
     std::string replaced = Replaced(name);
     replaced.erase(replaced.rfind(kProcessor), kProcessor.size());
     unet.FindParameter(replaced)->Write().CopyFrom(value);
+    // A copy of to_out without a bias takes the place of the module's bias, too.
+    if (!name.ends_with(kOutWeight)) continue;
+    const std::string prefix = name.substr(0, name.size() - kOutWeight.size());
+    for (const auto& [path, module] : nn::AttentionModules(unet)) {
+      if (prefix != path + std::string(kProcessor) + "." || !module->options().out_bias) continue;
+      if (!custom.copies.contains(prefix + std::string(kOutBias)))
+        std::ranges::fill(module->FindParameter("to_out.0.bias")->Write().values(), 0.0f);
+    }
   }
 }
 

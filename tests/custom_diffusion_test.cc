@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <set>
 
 #include "core/parallel.h"
 #include "core/random.h"
@@ -109,6 +110,18 @@ TEST(CustomDiffusionTest, MergedIsTheSame) {
   MergeCustomDiffusion(custom, *merged.unet);
   EXPECT_LT(RelativeError(merged.Run().out, processors.Run().out), 1e-6);
   EXPECT_TRUE(CustomDiffusionParameters(*merged.unet).empty());
+
+  // The same without biases.
+  Tensor with = processors.Run().out;
+  TensorFile file_without = Tensors("custom-diffusion");
+  EXPECT_EQ(std::erase_if(file_without.tensors,
+                          [](const auto& item) { return item.first.ends_with(".bias"); }),
+            4u);
+  WriteSafetensors(folder / kCustomDiffusionFile, file_without);
+  LoadCustomDiffusion(folder / kCustomDiffusionFile, *processors.unet);
+  MergeCustomDiffusion(ReadCustomDiffusion(folder.path()), *merged.unet);
+  EXPECT_LT(RelativeError(merged.Run().out, processors.Run().out), 1e-6);
+  EXPECT_GT(RelativeError(merged.Run().out, with), 1e-4);
 }
 
 // ---------------------------------------------------------------- words
@@ -438,6 +451,43 @@ TEST_F(CustomDiffusionTrainingTest, RateAndClassPictures) {
   EXPECT_EQ(LossesOf("again"), LossesOf("prior"));
 }
 
+// Dreambooth of the whole U-Net, and of CLIP with it.
+TEST_F(CustomDiffusionTrainingTest, DreamboothTrainsTheWholeModel) {
+  options_.instance_prompt = "a photo of sks cat";
+  options_.class_data = folder_ / "class";
+  options_.class_prompt = "cat";
+  options_.max_train_steps = 3;
+  options_.snr_gamma = 5;
+  auto train = [&](const std::string& run, double prior) {
+    options_.prior_loss_weight = prior;
+    auto data = OpenDataset(options_, {});
+    auto model = MakeModel(options_, *data);
+    Trainer(*model, *data, options_, folder_ / run).Run();
+    return LossesOf(run);
+  };
+  auto changed = [&](const std::string& run) {
+    auto before = DiffusionModel::Load(folder_ / "model"),
+         after = DiffusionModel::Load(folder_ / run);
+    std::map<std::string, Tensor> old = before->SaveParameters();
+    std::map<std::string, int> parts;
+    for (const auto& [name, value] : after->SaveParameters())
+      parts[name.substr(0, name.find('.'))] += !SameBits(value, old.at(name));
+    return parts;
+  };
+  const double own = train("own", 0).at(0), both = train("both", 1).at(0);
+  EXPECT_NEAR(train("twice", 2).at(0), own + 2 * (both - own), 1e-5 * both);
+  EXPECT_GT(both, own + 0.5);  // the loss of a model that has learned nothing is about 1
+  std::map<std::string, int> parts = changed("both");
+  EXPECT_GT(parts["unet"], 50);
+  EXPECT_EQ(parts["text_encoder"] + parts["vae"], 0);
+  options_.train_text_encoder = true;
+  train("text", 1);
+  parts = changed("text");
+  EXPECT_GT(parts["unet"], 50);
+  EXPECT_GT(parts["text_encoder"], 20);
+  EXPECT_EQ(parts["vae"], 0);
+}
+
 TEST_F(CustomDiffusionTrainingTest, WrongOptions) {
   custom_.modifier_token = "<new2>";
   EXPECT_THAT(ErrorOf(), HasSubstr("no caption has the modifier token <new2>"));
@@ -513,6 +563,70 @@ TEST_F(CustomDiffusionTrainingTest, WrongFiles) {
   EXPECT_THAT(MessageOf<FileError>([&] { MergeCustomDiffusion(other, model->unet()); }),
               HasSubstr("do not fit"));
   EXPECT_TRUE(model->text_encoder()->added_tokens().empty());
+}
+
+// ---------------------------------------------------------------- the program
+
+TEST_F(CustomDiffusionTrainingTest, TheProgramTrainsContinuesAndSamples) {
+  auto run = [&](std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), {CALOTYPE_BIN_DIR "/calotype", "--threads", "1"});
+    return RunProgram(arguments);
+  };
+  const std::string model = folder_ / "model", out = folder_ / "run";
+  ProgramResult trained = run({"train",
+                               "custom-diffusion",
+                               "--model",
+                               model,
+                               "--instance_data_dir",
+                               folder_ / "cat",
+                               "--instance_prompt",
+                               "a <new1> cat",
+                               "--modifier-token",
+                               "<new1>",
+                               "--initializer-token",
+                               "x",
+                               "--resolution",
+                               "20",
+                               "--lr",
+                               "0.05",
+                               "--steps",
+                               "4",
+                               "--sample-steps",
+                               "0",
+                               "--out",
+                               out});
+  EXPECT_EQ(trained.code, 0) << trained.err;
+  EXPECT_THAT(trained.err, HasSubstr("4 pictures, 1 new words"));
+  EXPECT_EQ(run({"train", "custom-diffusion", "--out", out, "--resume"}).code, 0);
+  auto sample = [&](const std::string& name, const std::string& prompt,
+                    std::vector<std::string> more) {
+    more.insert(more.begin(), {"sample", "--model", model, "--prompt", prompt, "--steps", "2",
+                               "--backend", "eager", "--out", folder_ / name});
+    ProgramResult result = run(more);
+    EXPECT_EQ(result.code, 0) << result.err;
+    return ReadText(folder_ / name);
+  };
+  std::string plain = sample("plain.png", "a cat", {}),
+              custom = sample("custom.png", "a cat", {"--custom-diffusion", out}),
+              word = sample("word.png", "a <new1> cat", {"--custom-diffusion", out}),
+              word_alone = sample("word_alone.png", "a <new1> cat",
+                                  {"--custom-diffusion", out + "/<new1>.safetensors"});
+  EXPECT_EQ(std::set<std::string>({plain, custom, word, word_alone}).size(), 4u);
+  auto fails = [&](int code, const std::string& text, const std::vector<std::string>& arguments) {
+    ProgramResult result = run(arguments);
+    EXPECT_EQ(result.code, code) << result.err;
+    EXPECT_THAT(result.err, HasSubstr(text));
+  };
+  fails(3, "there is neither",
+        {"sample", "--model", model, "--prompt", "a", "--custom-diffusion", folder_ / "cat"});
+  fs::copy(kFolder / "custom-diffusion.safetensors", folder_ / kCustomDiffusionFile);
+  fails(3, "do not fit",
+        {"sample", "--model", model, "--prompt", "a", "--custom-diffusion",
+         folder_ / kCustomDiffusionFile});
+  fails(2, "no caption has the modifier token <new2>",
+        {"train", "custom-diffusion", "--model", model, "--data", folder_ / "cat",
+         "--instance-prompt", "a cat", "--modifier-token", "<new2>", "--resolution", "20", "--out",
+         folder_ / "y"});
 }
 
 }  // namespace
