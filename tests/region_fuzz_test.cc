@@ -5,8 +5,9 @@
 //   region_fuzz_test --replay FILE               a graph that a failure printed
 // Inputs, outputs and the program's own memory lie between pages that cannot be touched, and memory
 // that nobody has written is NaN; a second call must give the same bits, and so must other numbers
-// of threads. A failing region is shrunk (links left out, sizes halved) while it fails, and printed
-// as text for --replay.
+// of threads, and a call after one in which the inputs that are declared rare were others. A
+// failing region is shrunk (links left out, sizes halved) while it fails, and printed as text for
+// --replay.
 #include <gtest/gtest.h>
 
 #include <csetjmp>
@@ -50,10 +51,11 @@ struct Mode {
   uint64_t seed = 0;
   bool exact = false, large = false, winograd = false;
   bool at_start = false;  // memory begins, instead of ends, at a page that cannot be touched
+  bool rare = false;      // some inputs are declared to change rarely (CompileOptions::rare_inputs)
 };
 
 struct Totals {
-  int regions = 0, exact = 0, bounded = 0, threads = 0, steps = 0;
+  int regions = 0, exact = 0, bounded = 0, threads = 0, rare = 0, steps = 0;
   double worst = 0, compile_seconds = 0;  // of CPU
   std::array<double, kAnchors> worst_of{}, regions_of{}, steps_of{};
 };
@@ -84,13 +86,21 @@ class Runner {
     }
     jit::CompileOptions options;
     if (!mode.winograd) options.winograd_bytes = 0;
+    others_ = inputs_;
+    for (size_t i = 0; mode.rare && i < inputs_.size(); ++i) {
+      const ComputationNode& node = graph.node(graph.inputs()[i]);
+      if (Random(mode.seed, "rare " + node.name).Integer(2) == 0) continue;
+      options.rare_inputs.push_back(node.name);
+      others_[i] = Data(mode.seed + 1, node.name, node.types[0], mode.exact);
+    }
     Guarded guarded(*this);
     executable_ = jit::Compile(graph, options);
   }
 
   // The outputs, then what the updates have written; the parameters have their old values again.
-  // Errors: text in `problem`.
-  std::vector<Tensor> Run(std::string& problem) {
+  // `others`: other numbers in the inputs that change rarely. Errors: text in `problem`.
+  std::vector<Tensor> Run(std::string& problem, bool others = false) {
+    const std::vector<Tensor>& given = others ? others_ : inputs_;
     std::deque<GuardedBuffer> memory;
     auto borrow = [&](const TensorType& type) {
       int64_t bytes = type.shape.elements() * DTypeSize(type.dtype);
@@ -99,7 +109,7 @@ class Runner {
       return Tensor::Borrow(type.shape, type.dtype, buffer.data());
     };
     std::vector<Tensor> inputs, outputs, results;
-    for (const Tensor& x : inputs_) inputs.emplace_back(borrow(x.type())).CopyFrom(x);
+    for (const Tensor& x : given) inputs.emplace_back(borrow(x.type())).CopyFrom(x);
     for (const TensorType& type : executable_->output_types()) outputs.push_back(borrow(type));
     Guarded guarded(*this);
     int signal = Threads() == 1 ? sigsetjmp(g_crash, 1) : 0;
@@ -120,7 +130,7 @@ class Runner {
       parameters_[p]->Write().CopyFrom(before_[p]);
     }
     for (size_t i = 0; i < inputs.size(); ++i) {
-      if (!SameBits(inputs[i], inputs_[i])) problem += fmt::format("; input {} was changed", i);
+      if (!SameBits(inputs[i], given[i])) problem += fmt::format("; input {} was changed", i);
     }
     for (size_t m = 0; m < memory.size(); ++m) {
       if (!memory[m].MarginIntact()) {
@@ -130,7 +140,9 @@ class Runner {
     return results;
   }
 
-  const std::vector<Tensor>& inputs() const { return inputs_; }
+  const std::vector<Tensor>& inputs(bool others = false) const {
+    return others ? others_ : inputs_;
+  }
   int steps() const { return executable_->Stats().steps; }
   std::string NameOf(size_t result) const {
     size_t outputs = graph_.outputs().size();
@@ -147,11 +159,39 @@ class Runner {
   };
 
   const ComputationGraph& graph_;
-  std::vector<Tensor> inputs_, before_;
+  std::vector<Tensor> inputs_, others_, before_;
   std::vector<ParameterPtr> parameters_;  // that updates write
   bool at_start_;
   std::unique_ptr<jit::Executable> executable_;
 };
+
+// Which result is too far from float64; empty if none is.
+std::string Difference(const ComputationGraph& graph, const Mode& mode, const Runner& runner,
+                       const std::vector<Tensor>& results, bool others, bool& exact,
+                       double* worst) {
+  const std::vector<Tensor>& inputs = runner.inputs(others);
+  std::vector<Tensor> reference = Interpreter(graph).RunReference(inputs);
+  BudgetInterpreter budget(graph, mode.winograd);
+  std::vector<Bounded> bounds = budget.Run(inputs);
+  exact = mode.exact && budget.largest() < 0x1p24;
+  for (size_t o = 0; o < results.size(); ++o) {
+    if (results[o].dtype() != DType::kF32) continue;
+    const float* y = results[o].data();
+    const double *r = reference[o].data<double>(), *b = bounds[o].error.data<double>();
+    for (int64_t i = 0; i < results[o].elements(); ++i) {
+      double v = y[i];
+      if (v == r[i] || (std::isnan(v) && std::isnan(r[i]))) continue;
+      double error = std::abs(v - r[i]);
+      // The result's own rounding, and numbers below the normal ones.
+      double bound = exact ? 0 : b[i] + kUnit * std::abs(r[i]) + 1e-37;
+      if (worst && bound > 0) *worst = std::max(*worst, error / bound);
+      if (error <= bound) continue;
+      return fmt::format("{}[{}] is {} instead of {}, {} off; allowed are {}{}", runner.NameOf(o),
+                         i, v, r[i], error, bound, others ? " (with other rare inputs)" : "");
+    }
+  }
+  return "";
+}
 
 // What is wrong with the compiled graph; empty if nothing is.
 std::string Problem(const ComputationGraph& graph, const Mode& mode, Totals& totals,
@@ -165,66 +205,51 @@ std::string Problem(const ComputationGraph& graph, const Mode& mode, Totals& tot
     totals.steps += runner.steps();
     std::vector<Tensor> results = runner.Run(problem);
     if (!problem.empty()) return problem;
+    bool exact = false;
+    if (mode.rare) {
+      ++totals.rare;
+      std::vector<Tensor> others = runner.Run(problem, /*others=*/true);
+      if (!problem.empty()) return problem;
+      if (!mode.large) problem = Difference(graph, mode, runner, others, true, exact, worst);
+      if (!problem.empty()) return problem;
+    }
+    // Again: with the leftovers of the first call in memory, with more threads.
+    std::vector<int> calls = {1};
     if (mode.large || mode.seed % 5 == 0) {
       ++totals.threads;
-      for (int threads : {2, 3}) {
-        SetThreads(threads);
-        std::vector<Tensor> others = runner.Run(problem);
-        SetThreads(1);
-        if (!problem.empty()) return problem;
-        for (size_t o = 0; o < others.size(); ++o) {
-          if (!SameBits(results[o], others[o])) {
-            return fmt::format("{} has other bits with {} threads", runner.NameOf(o), threads);
-          }
-        }
-      }
-    } else {  // with the leftovers of the first call in memory
-      std::vector<Tensor> others = runner.Run(problem);
+      calls = {2, 3};
+    }
+    for (int threads : calls) {
+      SetThreads(threads);
+      std::vector<Tensor> again = runner.Run(problem);
+      SetThreads(1);
       if (!problem.empty()) return problem;
-      for (size_t o = 0; o < others.size(); ++o) {
-        if (!SameBits(results[o], others[o])) {
-          return fmt::format("{} has other bits in a second call", runner.NameOf(o));
+      for (size_t o = 0; o < again.size(); ++o) {
+        if (!SameBits(results[o], again[o])) {
+          return fmt::format("{} has other bits in another call, with {} threads", runner.NameOf(o),
+                             threads);
         }
       }
     }
     if (mode.large) return "";
-
-    std::vector<Tensor> reference = Interpreter(graph).RunReference(runner.inputs());
-    BudgetInterpreter budget(graph, mode.winograd);
-    std::vector<Bounded> bounds = budget.Run(runner.inputs());
-    bool exact = mode.exact && budget.largest() < 0x1p24;
+    problem = Difference(graph, mode, runner, results, false, exact, worst);
     ++(exact ? totals.exact : totals.bounded);
-    for (size_t o = 0; o < results.size(); ++o) {
-      if (results[o].dtype() != DType::kF32) continue;
-      const float* y = results[o].data();
-      const double *r = reference[o].data<double>(), *b = bounds[o].error.data<double>();
-      for (int64_t i = 0; i < results[o].elements(); ++i) {
-        double v = y[i];
-        if (v == r[i] || (std::isnan(v) && std::isnan(r[i]))) continue;
-        double error = std::abs(v - r[i]);
-        // The result's own rounding, and numbers below the normal ones.
-        double bound = exact ? 0 : b[i] + kUnit * std::abs(r[i]) + 1e-37;
-        if (worst && bound > 0) *worst = std::max(*worst, error / bound);
-        if (error <= bound) continue;
-        return fmt::format("{}[{}] is {} instead of {}, {} off; allowed are {}", runner.NameOf(o),
-                           i, v, r[i], error, bound);
-      }
-    }
   } catch (const std::exception& error) {
     SetThreads(1);
     return fmt::format("{} {}", error.what(), problem);
   }
-  return "";
+  return problem;
 }
 
 Mode ModeOf(const Region& region) {
-  return {region.seed, region.exact, region.large, region.winograd, region.seed % 2 == 1};
+  return {region.seed,     region.exact,         region.large,
+          region.winograd, region.seed % 2 == 1, region.seed % 7 < 2};
 }
 
 std::string Describe(const ComputationGraph& graph, const Mode& mode) {
-  return fmt::format("# seed {} exact {} large {} winograd {} at_start {}\n{}", mode.seed,
+  return fmt::format("# seed {} exact {} large {} winograd {} at_start {} rare {}\n{}", mode.seed,
                      int{mode.exact}, int{mode.large}, int{mode.winograd}, int{mode.at_start},
-                     ToText(graph));
+                     int{mode.rare}, ToText(graph));
 }
 
 std::string ProblemOf(const Region& region, Totals& totals, double* worst = nullptr) {
@@ -300,10 +325,12 @@ TEST(RegionFuzz, CompiledRegionsAgreeWithFloat64) {
   }
   std::printf(
       "%d regions from seed %lld on %s: %d exact, %d by error bound, %d with 1, 2 and 3 "
-      "threads, %.1f kernels, %.1f ms of CPU (%.1f to compile) a region; worst error / bound "
+      "threads, %d with rare inputs, %.1f kernels, %.1f ms of CPU (%.1f to compile) a region; "
+      "worst error / bound "
       "%.3f\n",
       totals.regions, static_cast<long long>(g_seed), jit::HostTarget().cpu.c_str(), totals.exact,
-      totals.bounded, totals.threads, static_cast<double>(totals.steps) / totals.regions,
+      totals.bounded, totals.threads, totals.rare,
+      static_cast<double>(totals.steps) / totals.regions,
       1e3 * (CpuSeconds() - start) / totals.regions, 1e3 * totals.compile_seconds / totals.regions,
       totals.worst);
   for (int a = 0; a < kAnchors; ++a) {
@@ -352,6 +379,7 @@ TEST(RegionFuzz, Replay) {
       if (key == "large") mode.large = value != 0;
       if (key == "winograd") mode.winograd = value != 0;
       if (key == "at_start") mode.at_start = value != 0;
+      if (key == "rare") mode.rare = value != 0;
     }
   }
   ComputationGraph graph = ParseText(text);
