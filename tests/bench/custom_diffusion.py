@@ -31,12 +31,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calotype", default="build/bin/calotype")
     parser.add_argument("--model", default="tests/fixtures/stable_diffusion/model")
-    parser.add_argument("--resolution", type=int, default=32, help="pictures that are trained on")
+    parser.add_argument("--resolution", type=int, default=80, help="pictures that are trained on")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--options", default="--lr 1e-2 --batch-size 2 --sample-steps 0 --freeze-model crossattn")
     parser.add_argument("--folder", help="for what is written [a temporary one]")
     args = parser.parse_args()
     folder = pathlib.Path(args.folder or tempfile.mkdtemp(prefix="calotype-custom-"))
+    folder.mkdir(parents=True, exist_ok=True)
 
     def calotype(*command):
         subprocess.run([args.calotype, "--quiet", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
