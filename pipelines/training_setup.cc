@@ -13,8 +13,7 @@ namespace calotype {
 namespace {
 
 // <start> and the words of a caption in a row as long as CLIP's. Most of it is padding, on which
-// pixels rest that no word helps: with rows as short as the captions each word would be looked at
-// from everywhere.
+// pixels that no word helps can rest (docs/prompts.md has figures for shorter rows).
 constexpr int64_t kCaptionRow = 77;
 
 // Pixels of a side that the model is made for.
