@@ -54,6 +54,7 @@ void Run(Command& command, bool quiet) {
   prompts.insert(prompts.end(), command.edit_prompts.begin(), command.edit_prompts.end());
   if (edit.edit_type == "reweight" && prompts.size() == 1) prompts.push_back(command.prompt);
   Check(prompts.size() > 1, "edit: give one or more --edit-prompt");
+  CheckPngPath(command.out);
   command.options.seeds = {command.seed};
 
   ProgressBar bar("draw", quiet);

@@ -47,6 +47,12 @@ AtomicFile::AtomicFile(const std::filesystem::path& path, Durability durability)
   static std::atomic<uint64_t> counter{0};
   Check<FileError>(path_.has_filename(), "{}: cannot write, the path names no file",
                    path_.string());
+  // The renaming at the end would replace a device or a pipe, too.
+  std::error_code unknown;
+  const std::filesystem::file_status status = std::filesystem::status(path_, unknown);
+  Check<FileError>(!std::filesystem::exists(status) || std::filesystem::is_regular_file(status),
+                   "{}: cannot write: {}", path_.string(),
+                   std::filesystem::is_directory(status) ? "it is a folder" : "not a regular file");
   for (int attempt = 0; attempt < 100; ++attempt) {
     temporary_ = FolderOf(path_) /
                  fmt::format(".{}.tmp.{}.{}", path_.filename().string(), getpid(), counter++);

@@ -20,7 +20,7 @@ enum class Durability {
 class AtomicFile {
  public:
   // Opens a temporary file `.NAME.tmp.PID.COUNT` beside `path`. Errors: FileError, for example if
-  // the folder is missing or read-only.
+  // the folder is missing or read-only, or if there is a folder, device or pipe of that name.
   explicit AtomicFile(const std::filesystem::path& path,
                       Durability durability = Durability::kSynced);
   // Without Commit the temporary file is removed and `path` is untouched.

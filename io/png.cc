@@ -247,6 +247,16 @@ std::string EncodePng(const Image& image, std::span<const PngText> texts) {
   return std::move(writer.out);
 }
 
+void CheckPngPath(const std::filesystem::path& path) {
+  std::string ending = path.extension().string();
+  for (char& c : ending) c = static_cast<char>(c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c);
+  for (const char* other : {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}) {
+    Check(ending != other, "{}: pictures are written as PNG: choose a name that ends in .png",
+          path.string());
+  }
+  AtomicFile probe(path, Durability::kRenamed);
+}
+
 void WritePng(const std::filesystem::path& path, const Image& image,
               std::span<const PngText> texts) {
   WriteFile(path, EncodePng(image, texts), Durability::kRenamed);

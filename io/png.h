@@ -35,6 +35,9 @@ Image DecodePng(std::string_view bytes, const std::string& name,
 // Encodes as 8-bit RGB; texts as tEXt if Latin-1 suffices, else as iTXt. The bytes depend on the
 // arguments alone. Errors: ValueError for a bad picture, keyword or text (not UTF-8, NUL).
 std::string EncodePng(const Image& image, std::span<const PngText> texts = {});
+// For programs that work for minutes before they write: errors if a PNG cannot be written to
+// `path`. Errors: FileError as WritePng; ValueError if the name ends as another picture format's.
+void CheckPngPath(const std::filesystem::path& path);
 // Written atomically, without waiting for the disk. Errors: as EncodePng; FileError.
 void WritePng(const std::filesystem::path& path, const Image& image,
               std::span<const PngText> texts = {});

@@ -149,6 +149,18 @@ TEST(Png, RefusesWhatCannotBeWritten) {
   EXPECT_THROW(WritePng(folder / "no/a.png", image), FileError);
 }
 
+TEST(Png, PathsAreCheckedBeforeTheWork) {
+  TempFolder folder;
+  CheckPngPath(folder / "a.png");
+  EXPECT_EQ(folder.Entries(), 0);
+  test::WriteText(folder / "old.png", "old");
+  CheckPngPath(folder / "old.png");
+  EXPECT_EQ(ReadFile(folder / "old.png"), "old");
+  EXPECT_THAT(MessageOf<ValueError>([&] { CheckPngPath(folder / "a.JPG"); }), HasSubstr("PNG"));
+  EXPECT_THAT(MessageOf<FileError>([&] { CheckPngPath(folder / "no/a.png"); }),
+              HasSubstr("No such file"));
+}
+
 TEST(Png, DamageIsAFileErrorAndSilent) {
   testing::internal::CaptureStderr();
   testing::internal::CaptureStdout();

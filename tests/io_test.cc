@@ -460,8 +460,13 @@ TEST(AtomicFile, FoldersThatCannotBeWritten) {
   EXPECT_THAT(MessageOf<FileError>([&] { WriteFile(folder / "file/a.bin", "x"); }),
               HasSubstr("Not a directory"));
   std::filesystem::create_directory(folder / "taken");
-  EXPECT_THROW(WriteFile(folder / "taken", "x"), FileError);  // rename over a folder
-  EXPECT_EQ(folder.Entries(), 2);
+  EXPECT_THAT(MessageOf<FileError>([&] { WriteFile(folder / "taken", "x"); }),
+              HasSubstr("it is a folder"));
+  ASSERT_EQ(mkfifo((folder / "pipe").c_str(), 0600), 0);
+  EXPECT_THAT(MessageOf<FileError>([&] { WriteFile(folder / "pipe", "x"); }),
+              HasSubstr("not a regular file"));
+  EXPECT_TRUE(std::filesystem::is_fifo(folder / "pipe"));
+  EXPECT_EQ(folder.Entries(), 3);
 
   std::filesystem::path closed = folder / "closed";
   std::filesystem::create_directory(closed);
