@@ -41,6 +41,7 @@ std::filesystem::path PathOf(const std::filesystem::path& out, size_t index, siz
 
 void Run(Command& command, bool quiet) {
   Check(command.count >= 1, "sample: {} pictures a prompt, must be at least 1", command.count);
+  CheckPngPath(command.out);
   GenerateOptions& options = command.options;
   for (const std::string& prompt : command.prompts) {
     for (int64_t i = 0; i < command.count; ++i) {
