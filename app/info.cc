@@ -38,24 +38,25 @@ void PrintTensors(const fs::path& path) {
 }
 
 void PrintModel(const fs::path& folder) {
-  auto model = DiffusionModel::Load(folder);
+  auto model = DiffusionModel::Open(folder);
   const SchedulerConfig& s = model->scheduler();
   fmt::print("{}: text-to-image model, {} x {} pixels\n", folder.string(), model->side(),
              model->side());
-  fmt::print("  U-Net: {} parameters, context width {}\n", model->unet().ParameterCount(),
-             model->context_width());
+  auto size = [](const Layer& part) {
+    return fmt::format("{} parameters in {} tensors", part.ParameterCount(),
+                       part.ParameterShapes().size());
+  };
+  fmt::print("  U-Net: {}, context width {}\n", size(model->unet()), model->context_width());
   if (CaptionEncoder* encoder = model->caption_encoder()) {
-    fmt::print("  caption encoder: {} parameters, {} words, reads {} of a caption\n",
-               encoder->ParameterCount(), model->vocabulary_size(),
-               model->caption_tokenizer()->capacity());
+    fmt::print("  caption encoder: {}, {} words, reads {} of a caption\n", size(*encoder),
+               model->vocabulary_size(), model->caption_tokenizer()->capacity());
   } else {
-    fmt::print("  text encoder: CLIP, {} parameters, vocabulary of {}, reads {} tokens\n",
-               model->text_encoder()->ParameterCount(), model->vocabulary_size(),
-               model->caption_tokens());
+    fmt::print("  text encoder: CLIP, {}, vocabulary of {}, reads {} tokens\n",
+               size(*model->text_encoder()), model->vocabulary_size(), model->caption_tokens());
   }
   if (model->vae()) {
-    fmt::print("  autoencoder: {} parameters, {} channels, {} pixels a side for each latent\n",
-               model->vae()->ParameterCount(), model->channels(), model->factor());
+    fmt::print("  autoencoder: {}, {} channels, {} pixels a side for each latent\n",
+               size(*model->vae()), model->channels(), model->factor());
   }
   fmt::print("  schedule: {}, {} timesteps, predicts {}\n", s.beta_schedule, s.num_train_timesteps,
              s.prediction_type);

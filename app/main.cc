@@ -14,6 +14,7 @@
 #include "app/terminal.h"
 #include "core/error.h"
 #include "core/parallel.h"
+#include "io/file.h"
 
 namespace calotype::app {
 namespace {
@@ -25,8 +26,8 @@ constexpr const char* kFooter = R"(Examples:
   calotype train --data emoji --out run --resume continue after an interruption
   calotype sample --model run --prompt "a red heart" --seed 7 --out heart.png
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a file is missing, damaged or cannot be written,
-4 numbers went wrong (NaN), 5 out of memory, 130 and 143 stopped by Ctrl-C or SIGTERM.)";
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a file is missing, damaged, of a kind that is not
+supported, or cannot be written, 4 numbers went wrong (NaN), 5 out of memory, 130 and 143 stopped by Ctrl-C or SIGTERM.)";
 
 // Option names are accepted with - and with _, as diffusers' and kohya's scripts spell them.
 std::vector<std::string> Arguments(int argc, char** argv) {
@@ -106,6 +107,8 @@ int Main(int argc, char** argv) {
     return 0;
   } catch (const CancelledError& e) {
     return Report(CaughtSignal() > 0 ? 128 + CaughtSignal() : 1, e.what());
+  } catch (const UnsupportedFileError& e) {
+    return Report(3, e.what());
   } catch (const ValueError& e) {
     return Report(2, e.what());
   } catch (const FileError& e) {

@@ -2,15 +2,18 @@
 #include <fmt/format.h>
 
 #include <memory>
+#include <optional>
 
 #include "app/commands.h"
 #include "app/progress.h"
+#include "io/file.h"
 #include "io/image.h"
 #include "io/jpeg.h"
 #include "io/png.h"
 #include "pipelines/attention_maps.h"
 #include "pipelines/custom_diffusion.h"
 #include "pipelines/lora.h"
+#include "pipelines/lora_tags.h"
 #include "pipelines/prompt_encoding.h"
 #include "pipelines/text_to_image.h"
 
@@ -28,7 +31,29 @@ struct Command {
   GenerateOptions options;
   std::string prompt_syntax = "plain";
   std::filesystem::path attention_maps;  // empty: none
+  std::filesystem::path lora_dir;        // empty: no tags
 };
+
+// The LoRAs of the command, and those of the tags in its prompts, which are taken out.
+std::vector<WeightedLora> TakeLoras(const Command& command, std::vector<std::string>& prompts) {
+  std::vector<WeightedLora> loras;
+  for (const std::string& lora : command.loras) loras.push_back(LoadWeightedLora(lora));
+  std::optional<std::vector<LoraTag>> tags;
+  for (std::string& prompt : prompts) {
+    std::vector<LoraTag> own = TakeLoraTags(prompt);
+    Check(own.empty() || !command.lora_dir.empty(),
+          "sample: give --lora-dir, the folder of the LoRA {} that a prompt names",
+          Quoted(own.empty() ? "" : own[0].name));
+    Check(!tags || *tags == own,
+          "sample: the prompts name different LoRAs; draw them by one command each");
+    tags = std::move(own);
+  }
+  Check(command.lora_dir.empty() || !tags->empty(),
+        "sample: --lora-dir has no effect, as no prompt has a tag <lora:NAME:WEIGHT>");
+  for (const LoraTag& tag : *tags)
+    loras.push_back({LoadLora(LoraTagFile(command.lora_dir, tag.name)), tag.weight});
+  return loras;
+}
 
 // out.png for one picture, else out-000.png, out-001.png, ...
 std::filesystem::path PathOf(const std::filesystem::path& out, size_t index, size_t count) {
@@ -53,13 +78,15 @@ void Run(Command& command, bool quiet) {
   if (!command.mask_image.empty()) options.mask_image = ReadPicture(command.mask_image);
   if (options.width == 0) options.width = command.side;
   if (options.height == 0) options.height = command.side;
-  std::vector<WeightedLora> loras;
-  for (const std::string& lora : command.loras) loras.push_back(LoadWeightedLora(lora));
+  const std::vector<std::string> given_prompts = options.prompts;
+  const std::vector<WeightedLora> loras = TakeLoras(command, options.prompts);
   CustomDiffusion custom;
   if (!command.custom_diffusion.empty()) custom = ReadCustomDiffusion(command.custom_diffusion);
   const Backend backend = ParseBackend(command.backend);
   Check(!command.tune || backend == Backend::kJit,
         "sample: --tune has no effect with --backend eager");
+  Check(!command.allow_unmatched || !loras.empty(),
+        "sample: --allow-unmatched has no effect without a LoRA");
   ProgressBar bar("draw", quiet);
   const auto warn = ShowSampling(bar).warn;
   const LoraOptions lora_options{.allow_unmatched = command.allow_unmatched};
@@ -102,6 +129,7 @@ void Run(Command& command, bool quiet) {
   if (!command.attention_maps.empty()) {
     WriteHeatMaps(command.attention_maps, maps, pipeline->model(), options.prompts, pictures);
   }
+  options.prompts = given_prompts;
   for (size_t i = 0; i < pictures.size(); ++i) {
     std::filesystem::path path = PathOf(command.out, i, pictures.size());
     std::vector<PngText> texts{{"parameters", GenerationParameters(pipeline->model(), options, i)}};
@@ -129,10 +157,10 @@ void AddSample(Options& app, Selected& selected) {
       ->add_option("--lora", command->loras,
                    "LoRA, FILE or FILE:WEIGHT; may be given several times")
       ->take_all();
-  sample
-      ->add_flag("--allow-unmatched", command->allow_unmatched,
-                 "Leave out what of a LoRA belongs to no layer of the model")
-      ->needs("--lora");
+  sample->add_option("--lora-dir", command->lora_dir,
+                     "Folder of the LoRAs that prompts name by <lora:NAME> or <lora:NAME:WEIGHT>");
+  sample->add_flag("--allow-unmatched", command->allow_unmatched,
+                   "Leave out what of a LoRA belongs to no layer of the model");
   sample->add_option("--custom-diffusion", command->custom_diffusion,
                      "Folder of `train custom-diffusion` or of diffusers: new words for the "
                      "prompts, and the cross-attention that draws them");

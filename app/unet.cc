@@ -78,8 +78,10 @@ struct LoadedModel {
   }
 };
 
-jit::CompileOptions CompileOptionsOf(const Command& command) {
+jit::CompileOptions CompileOptionsOf(const Command& command, const Layer& model) {
   jit::CompileOptions options;
+  // The memory of the weights that are released may be filled again.
+  options.winograd_bytes += 4 * model.ParameterCount();
   options.winograd = jit::ParseWinograd(command.winograd);
   options.tune = command.tune;
   // The model is compiled once; checking reads the weights.
@@ -128,8 +130,8 @@ LoadedModel Open(const Command& command) {
     graph = load(LoadUNet)->Export(loaded.inputs.declared);
   }
   loaded.flop = CountFlop(graph);
-  loaded.runner =
-      std::make_unique<GraphRunner>(std::move(graph), backend, CompileOptionsOf(command));
+  loaded.runner = std::make_unique<GraphRunner>(std::move(graph), backend,
+                                                CompileOptionsOf(command, *loaded.model));
   return loaded;
 }
 

@@ -11,6 +11,11 @@
 
 namespace calotype {
 
+// What a file asks for is not supported (exit code 3 of the app, as for other bad files).
+class UnsupportedFileError : public UnsupportedError {
+  using UnsupportedError::UnsupportedError;
+};
+
 // A regular file open for reading. Positioned reads, so a file that shrinks meanwhile is an error
 // and never a signal (as it would be with a memory map).
 class InputFile {
@@ -36,14 +41,14 @@ class InputFile {
 std::string ReadFile(const std::filesystem::path& path, uint64_t max_bytes = uint64_t{1} << 30);
 
 // What `use` returns, which reads the content of a file. What is wrong with the content
-// (ValueError) becomes a FileError with the path in front; an UnsupportedError gets the path and
-// stays one.
+// (ValueError) becomes a FileError with the path in front; an UnsupportedError becomes an
+// UnsupportedFileError with it.
 template <class F>
 auto InFile(const std::filesystem::path& path, F&& use) {
   try {
     return use();
   } catch (const UnsupportedError& e) {
-    Fail<UnsupportedError>("{}: {}", path.string(), e.what());
+    Fail<UnsupportedFileError>("{}: {}", path.string(), e.what());
   } catch (const ValueError& e) {
     Fail<FileError>("{}: {}", path.string(), e.what());
   } catch (const FileError& e) {

@@ -109,17 +109,6 @@ void CheckBudget(const MemoryPlan& plan, int64_t budget) {
       needed, plan.arena_bytes, plan.persistent_bytes + plan.derived_bytes, whose, budget);
 }
 
-// The memory of weights that are released may be filled again.
-int64_t WinogradBytes(const ComputationGraph& graph, const CompileOptions& options) {
-  if (options.winograd == Winograd::kOff) return 0;
-  int64_t bytes = options.winograd_bytes;
-  if (!options.release_weights) return bytes;
-  for (const ComputationNode& node : graph.nodes()) {
-    if (node.parameter) bytes = CheckedAdd(bytes, node.parameter->value().bytes(), "winograd");
-  }
-  return bytes;
-}
-
 // For each prepare step the parameters that no later step reads.
 std::vector<std::vector<ParameterPtr>> Releases(const LoweredProgram& program,
                                                 const ExecutableData& data) {
@@ -175,7 +164,8 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
   auto program = std::make_shared<LoweredProgram>(
       Lower(graph, {.fuse = options.fuse && PassEnabled("fuse"),
                     .tuner = tuner.get(),
-                    .winograd_bytes = WinogradBytes(graph, options),
+                    .winograd_bytes =
+                        options.winograd == Winograd::kOff ? 0 : options.winograd_bytes,
                     .rare_inputs = options.rare_inputs}));
   for (Step& step : program->steps) {
     auto* contraction = std::get_if<ContractionSpec>(&step.spec);

@@ -30,7 +30,7 @@ struct CompileOptions {
   // kAuto: 3x3 convolutions are computed by Winograd's F(4x4, 3x3) or F(2x2, 3x3) where that pays:
   // two to three times as fast, with up to twice the rounding error of the direct sum. Their
   // transformed kernels, 4 or 1.8 times as large as the kernels, stay within winograd_bytes
-  // altogether; with release_weights, within so much more as the weights of the graph take.
+  // altogether; with release_weights they take the place of the kernels.
   Winograd winograd = Winograd::kAuto;
   int64_t winograd_bytes = int64_t{4} << 30;
   // Measures on this machine which algorithm and which order of the tiles is fastest for each

@@ -314,7 +314,7 @@ std::map<std::string, std::string> TokenizerFiles(const ConvertOptions& options,
 }
 
 std::vector<std::string> FileToFolder(const ConvertOptions& options) {
-  Check<UnsupportedError>(options.in.extension() == ".safetensors",
+  Check<UnsupportedFileError>(options.in.extension() == ".safetensors",
                           "{}: only .safetensors files are read; pickled ones (.ckpt, .bin) can "
                           "run any code when they are loaded",
                           options.in.string());

@@ -36,7 +36,7 @@ struct Index {
   void Require(const std::string& part, const std::string& type) const {
     auto found = parts.find(part);
     Check<FileError>(found != parts.end(), "{}: the model has no {}", path.string(), part);
-    Check<UnsupportedError>(found->second == type, "{}: {} is a {}, only {} is supported",
+    Check<UnsupportedFileError>(found->second == type, "{}: {} is a {}, only {} is supported",
                             path.string(), part, Quoted(found->second), type);
   }
 };
@@ -58,7 +58,7 @@ Index ReadIndex(const fs::path& path, const DiffusionModel::Warn& warn) {
   std::string type = *name;
   index.stable_diffusion =
       std::count(kStableDiffusionClasses.begin(), kStableDiffusionClasses.end(), type) > 0;
-  Check<UnsupportedError>(index.stable_diffusion || type == kOwnClass,
+  Check<UnsupportedFileError>(index.stable_diffusion || type == kOwnClass,
                           "{}: _class_name {} is not supported; there are {}, {}", path.string(),
                           Quoted(type), kOwnClass, fmt::join(kStableDiffusionClasses, ", "));
   const std::set<std::string> known{"unet",      "vae",       "text_encoder",

@@ -38,12 +38,6 @@ std::vector<std::string> Paths(std::span<const LoraTarget> targets) {
 
 constexpr size_t kGroupsShown = 12;  // of a kind of mismatch
 
-// A file's name for messages: as it is, if that is safe.
-std::string Shown(const std::string& name) {
-  const bool plain = std::ranges::all_of(name, [](char c) { return c > 0x20 && c < 0x7f; });
-  return plain ? name : Quoted(name);
-}
-
 // With `shapes` false only the names are compared.
 Match MatchLora(std::span<const LoraTarget> targets, const LoraNames& names, const LoraFile& lora,
                 bool shapes = true) {
@@ -56,11 +50,11 @@ Match MatchLora(std::span<const LoraTarget> targets, const LoraNames& names, con
     if (!index) {
       report.unmatched.push_back(Shown(name));
     } else if (shapes && !Fits(module, targets[*index].weight)) {
-      report.wrong_shape.push_back(fmt::format("{}: down {}, up {}, the layer's weight {}", name,
-                                               module.down.shape(), module.up.shape(),
+      report.wrong_shape.push_back(fmt::format("{}: down {}, up {}, the layer's weight {}",
+                                               Shown(name), module.down.shape(), module.up.shape(),
                                                targets[*index].weight));
     } else if (taken[*index]) {
-      report.twice.push_back(fmt::format("{}: {}", name, targets[*index].path));
+      report.twice.push_back(fmt::format("{}: {}", Shown(name), targets[*index].path));
     } else {
       taken[*index] = true;
       match.pairs.emplace_back(&module, *index);

@@ -108,27 +108,28 @@ void CheckMethod(const TensorFile& file, const std::string& source) {
   for (auto [mark, method] : kMethods) {
     auto count = std::ranges::count_if(
         file.tensors, [&](const auto& t) { return t.first.find(mark) != std::string::npos; });
-    Check<UnsupportedError>(count == 0,
-                            "{}: {} of {} tensors belong to {}, which is not supported; only "
-                            "low-rank terms (lora_down and lora_up, lora_A and lora_B) are",
-                            source, count, file.tensors.size(), method);
+    Check<UnsupportedFileError>(count == 0,
+                                "{}: {} of {} tensors belong to {}, which is not supported; only "
+                                "low-rank terms (lora_down and lora_up, lora_A and lora_B) are",
+                                source, count, file.tensors.size(), method);
   }
 }
 
 Tensor Values(const Tensor& tensor, const std::string& source, const std::string& name) {
   Check<FileError>(tensor.dtype() == DType::kF32 || tensor.dtype() == DType::kF64,
-                   "{}: tensor {} is {}, must be floating point", source, name, tensor.dtype());
+                   "{}: tensor {} is {}, must be floating point", source, Shown(name),
+                   tensor.dtype());
   Tensor values = tensor.dtype() == DType::kF64 ? tensor.To(DType::kF32) : tensor;
   for (float v : std::as_const(values).values()) {
     Check<FileError>(std::isfinite(v), "{}: tensor {} has values that are not finite", source,
-                     name);
+                     Shown(name));
   }
   return values;
 }
 
 void CheckShapes(const LoraModule& m, const std::string& source, const std::string& name) {
   Check<FileError>(m.down.defined() && m.up.defined(), "{}: module {} has only its {} half", source,
-                   name,
+                   Shown(name),
                    m.down.defined() ? "down (A)"
                    : m.up.defined() ? "up (B)"
                                     : "alpha");
@@ -139,7 +140,7 @@ void CheckShapes(const LoraModule& m, const std::string& source, const std::stri
   Check<FileError>(fits,
                    "{}: module {}: down (A) {} and up (B) {} do not fit; they must be [r, in] and "
                    "[out, r], or [r, in, k, k] and [out, r, 1, 1]",
-                   source, name, down, up);
+                   source, Shown(name), down, up);
 }
 
 // ---------------------------------------------------------------- PEFT's configuration
@@ -148,10 +149,10 @@ void CheckShapes(const LoraModule& m, const std::string& source, const std::stri
 // regular expressions; those that diffusers and PEFT write are plain paths, perhaps after "^".
 bool Matches(std::string_view pattern, std::string_view path, const std::string& source) {
   bool whole = StripPrefix(pattern, "^");
-  Check<UnsupportedError>(
+  Check<UnsupportedFileError>(
       std::ranges::all_of(pattern,
                           [](unsigned char c) { return std::isalnum(c) || c == '_' || c == '.'; }),
-      "{}: the pattern {} in the metadata is not a plain path", source, pattern);
+      "{}: the pattern {} in the metadata is not a plain path", source, Shown(pattern));
   if (path == pattern) return true;
   return !whole && path.size() > pattern.size() && path.ends_with(pattern) &&
          path[path.size() - pattern.size() - 1] == '.';
@@ -163,8 +164,8 @@ void SetAlphas(const json& config, const std::string& prefix, std::string_view c
                LoraFile& lora) {
   if (!config.contains(prefix + "lora_alpha")) return;
   auto flag = [&](const char* name) { return config.value(prefix + name, false); };
-  Check<UnsupportedError>(!flag("use_dora"),
-                          "{}: the metadata asks for DoRA, which is not supported", lora.source);
+  Check<UnsupportedFileError>(
+      !flag("use_dora"), "{}: the metadata asks for DoRA, which is not supported", lora.source);
   double alpha = config.at(prefix + "lora_alpha").get<double>();
   bool rank_stabilised = flag("use_rslora");
   json patterns = config.value(prefix + "alpha_pattern", json::object());
@@ -181,7 +182,7 @@ void SetAlphas(const json& config, const std::string& prefix, std::string_view c
     // rsLoRA divides by the root of the rank.
     if (rank_stabilised) own *= std::sqrt(static_cast<double>(module.rank()));
     Check<FileError>(std::isfinite(own), "{}: the alpha of {} in the metadata is not finite",
-                     lora.source, name);
+                     lora.source, Shown(name));
     if (!module.alpha) module.alpha = own;
   }
 }
@@ -225,14 +226,14 @@ LoraFile FromTensors(TensorFile file, const std::string& source) {
     LoraModule& m = lora.modules[module];
     if (name->part == Part::kAlpha) {
       Check<FileError>(tensor.elements() == 1, "{}: alpha {} must be one number, not {}", source,
-                       key, tensor.shape());
+                       Shown(key), tensor.shape());
       m.alpha = tensor.Item();
-      Check<FileError>(std::isfinite(*m.alpha), "{}: alpha {} is not finite", source, key);
+      Check<FileError>(std::isfinite(*m.alpha), "{}: alpha {} is not finite", source, Shown(key));
       continue;
     }
     Tensor& half = name->part == Part::kDown ? m.down : m.up;
     Check<FileError>(!half.defined(), "{}: module {} has two {} tensors; the second is {}", source,
-                     module, name->part == Part::kDown ? "down (A)" : "up (B)", key);
+                     Shown(module), name->part == Part::kDown ? "down (A)" : "up (B)", Shown(key));
     half = Values(tensor, source, key);
     ++counts[static_cast<size_t>(kohya ? LoraDialect::kKohya : *name->dialect)];
   }

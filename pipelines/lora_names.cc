@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "io/file.h"
 
 namespace calotype {
 namespace {
@@ -136,6 +137,11 @@ LoraNames::LoraNames(std::span<const std::string> paths) {
 std::optional<size_t> LoraNames::Find(const std::string& name) const {
   auto it = names_.find(name);
   return it == names_.end() ? std::nullopt : std::optional(it->second);
+}
+
+std::string Shown(std::string_view name) {
+  const bool plain = std::ranges::all_of(name, [](char c) { return c > 0x20 && c < 0x7f; });
+  return plain ? std::string(name) : Quoted(name);
 }
 
 std::string LoraNameGroup(std::string_view name) {

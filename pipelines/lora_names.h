@@ -35,4 +35,8 @@ class LoraNames {
 // differ in their numbers alone are one group of a report.
 std::string LoraNameGroup(std::string_view name);
 
+// A file's name of a layer or tensor for messages: as it is, or Quoted if it has other characters
+// than printable ASCII.
+std::string Shown(std::string_view name);
+
 }  // namespace calotype

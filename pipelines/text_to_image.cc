@@ -21,6 +21,8 @@ namespace {
 constexpr std::array<std::string_view, 3> kNoiseNames{"philox", "torch", "torch-batch"};
 // Compiled U-Nets of large models take gigabytes.
 constexpr size_t kMostUNets = 2, kMostOthers = 8;
+// Buys most of what Winograd's algorithm saves in the time of a U-Net of Stable Diffusion.
+constexpr int64_t kOnDemandWinogradBytes = int64_t{3} << 29;
 
 // The noise of the pictures of a batch.
 class NoiseSource {
@@ -249,7 +251,10 @@ GraphRunner& TextToImagePipeline::UNet(const UNetShape& shape, const PictureBatc
   // The context is the same in all steps.
   jit::CompileOptions compile = compile_;
   compile.rare_inputs = {"encoder_hidden_states"};
-  if (on_demand_) compile.release_weights = !jit::CheckRequested();
+  if (on_demand_) {
+    compile.release_weights = !jit::CheckRequested();
+    compile.winograd_bytes = std::min(compile.winograd_bytes, kOnDemandWinogradBytes);
+  }
   GraphRunner& unet = Runner(
       model_.unet(), unets_, id, kMostUNets, [&] { return UNetGraph(model_, shape, denoise); },
       compile);

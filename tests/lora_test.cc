@@ -6,10 +6,12 @@
 #include <cmath>
 
 #include "graph/functions.h"
+#include "io/file.h"
 #include "layers/attention_modules.h"
 #include "pipelines/diffusion_model.h"
 #include "pipelines/graph_runner.h"
 #include "pipelines/lora_names.h"
+#include "pipelines/lora_tags.h"
 #include "tests/expect_error.h"
 #include "tests/lora_models.h"
 #include "tests/run_program.h"
@@ -20,7 +22,9 @@ namespace {
 
 using namespace test;
 using ::testing::AllOf;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 // ---------------------------------------------------------------- golden files
 
@@ -377,7 +381,7 @@ TEST(LoraTest, DamagedAndForeignFiles) {
   };
   auto damaged = [&](const TensorFile& file) { return MessageOf<FileError>([&] { parse(file); }); };
   auto foreign = [&](const std::string& key) {
-    return MessageOf<UnsupportedError>([&] { parse(with(key, Tensor::Full({2, 2}, 1))); });
+    return MessageOf<UnsupportedFileError>([&] { parse(with(key, Tensor::Full({2, 2}, 1))); });
   };
   EXPECT_THAT(damaged(without(".lora_up.weight")), HasSubstr(name + " has only its down (A) half"));
   EXPECT_THAT(damaged(without(".lora_down.weight")), HasSubstr(name + " has only its up (B) half"));
@@ -401,6 +405,9 @@ TEST(LoraTest, DamagedAndForeignFiles) {
   EXPECT_THAT(MessageOf<FileError>([] { LoadLora(kFolder / "golden.safetensors"); }),
               HasSubstr("no LoRA"));
   EXPECT_THROW(LoadLora(kFolder / "missing.safetensors"), FileError);
+  // Names from a file are shown without their control characters.
+  EXPECT_THAT(damaged(with("unet.a\x1b[2J.lora_A.weight", Tensor::Full({2, 2}, 1))),
+              AllOf(HasSubstr("'unet.a\\x1b[2J' has only"), Not(HasSubstr("\x1b"))));
   // A tensor of another kind is one that does not match.
   LoraFile bundle = parse(with("bundle_emb.x.string_to_param", Tensor::Full({2, 2}, 1)));
   EXPECT_EQ(bundle.unknown, std::vector<std::string>{"bundle_emb.x.string_to_param"});
@@ -418,6 +425,40 @@ TEST(LoraTest, DamagedAndForeignFiles) {
   EXPECT_THAT(MessageOf<UnsupportedError>([&] { parse(peft); }), HasSubstr("a|b"));
   peft.metadata["lora_adapter_metadata"] = R"({"unet.lora_alpha": 1, "unet.use_dora": true})";
   EXPECT_THAT(MessageOf<UnsupportedError>([&] { parse(peft); }), HasSubstr("DoRA"));
+}
+
+TEST(LoraTest, TagsInPrompts) {
+  std::string prompt = "a <lora:style:0.8>boat<lora:face:-1>, <lora:style:2> red<lora:b_c>";
+  EXPECT_THAT(TakeLoraTags(prompt),
+              ElementsAre(LoraTag{"style", 0.8}, LoraTag{"face", -1}, LoraTag{"b_c", 1}));
+  EXPECT_EQ(prompt, "a boat,  red");
+  EXPECT_THAT(TakeLoraTags(prompt), ElementsAre());
+  for (std::string wrong : {"x <lora:a", "<lora:>", "<lora::1>", "<lora:a:>", "<lora:a:x>",
+                            "<lora:a:1x>", "<lora:a:nan>", "<lora:a:inf>", "<lora:a:1:2>"}) {
+    EXPECT_THROW(TakeLoraTags(wrong), ValueError) << wrong;
+  }
+  EXPECT_EQ(LoraTagFile(kFolder, "attention-peft"), kFolder / "attention-peft.safetensors");
+  EXPECT_THAT(MessageOf<FileError>([] { LoraTagFile(kFolder, "none"); }),
+              HasSubstr((kFolder / "none.safetensors").string()));
+  for (const char* name : {"", "..", "../a", "/etc/a", "a/b"})
+    EXPECT_THROW(LoraTagFile(kFolder, name), ValueError) << name;
+}
+
+TEST(LoraTest, MergesIntoOnePart) {
+  Models m;
+  auto versions = [&] {
+    std::vector<uint64_t> result;
+    for (const ParameterPtr& p : m.unet->NamedParameters()) result.push_back(p->version());
+    return result;
+  };
+  const std::vector<uint64_t> before = versions();
+  WeightedLora lora = Golden("full-kohya");
+  MergedLora merged =
+      MergeLora(m.model(), {&lora, 1}, {.only = m.text.get(), .keep_originals = false});
+  EXPECT_THAT(MessageOf<ValueError>([&] { merged.Unmerge(); }), HasSubstr("not kept"));
+  EXPECT_EQ(versions(), before);
+  MergeLora(m.model(), {&lora, 1}, {.only = m.unet.get(), .keep_originals = false});
+  m.ExpectGolden("full");
 }
 
 TEST(LoraTest, FileAndWeight) {
