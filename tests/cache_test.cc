@@ -300,6 +300,20 @@ TEST(CompileCache, AFullDiskOrAVanishedFolderOnlyCounts) {
   EXPECT_EQ(cache.Stats().unstored, 1);
 }
 
+// Trimming reads the whole folder, so small entries are bounded by their number.
+TEST(CompileCache, HasAMostNumberOfEntries) {
+  TempFolder temp;
+  CompileCache cache(temp / "cache");
+  const std::string suffix = EntryOf(cache.folder(), "key").extension().string();
+  for (int i = 0; i < 8192; ++i) Put(cache.folder() / fmt::format("{}{}", i, suffix), "x");
+  cache.Trim();
+  EXPECT_EQ(cache.Stats().evicted, 0);
+  cache.Store("key", "data");
+  cache.Trim();
+  EXPECT_EQ(cache.Stats().evicted, 8193 - 7680);
+  EXPECT_EQ(cache.Find("key"), "data") << "the newest stays";
+}
+
 TEST(CompileCache, TheLeastRecentlyUsedGoFirst) {
   TempFolder temp;
   const std::string data(1000, 'x');
