@@ -22,20 +22,25 @@ std::string TargetOptionsToJson(const Options& options) {
   return document.dump(2) + "\n";
 }
 
-// Errors: FileError naming the file and a missing or wrong field.
+// Errors: FileError naming the file and a missing, wrong or unknown field.
 template <class Options>
 Options ReadTargetOptions(const std::filesystem::path& path) {
   Options options;
   try {
     auto document = nlohmann::ordered_json::parse(ReadFile(path, 1 << 20));
     Check<FileError>(document.is_object(), "{}: not the options of a run", path.string());
+    std::set<std::string> known;
     Options::Visit(options, [&](const char* name, auto& field, const char*) {
+      known.insert(name);
       Check<FileError>(document.contains(name),
                        "{}: the field `{}` is missing; a run of an earlier version of the program "
                        "cannot be continued",
                        path.string(), name);
       document.at(name).get_to(field);
     });
+    for (const auto& [name, value] : document.items()) {
+      Check<FileError>(known.count(name) == 1, "{}: unknown field {}", path.string(), Quoted(name));
+    }
   } catch (const nlohmann::json::exception& e) {
     Fail<FileError>("{}: not the options of a run: {}", path.string(), e.what());
   }
