@@ -11,6 +11,7 @@
 #include "graph/functions.h"
 #include "graph/op.h"
 #include "tests/op_inputs.h"
+#include "tests/random_views.h"
 
 namespace calotype {
 
@@ -229,6 +230,51 @@ class RandomGraphBuilder {
     Add(graph().EmitOne(op, operands), exact);
   }
 
+  // Several views of one value, element by element or side by side; or views of two values.
+  void Views() {
+    Entry entry = Pick();
+    Value x = entry.value;
+    if (x.rank() == 0) return;
+    auto combine = [&](Value a, Value b) {
+      switch (Below(4)) {
+        case 0:
+          return a * b;
+        case 1:
+          return a - b;
+        case 2:
+          return Maximum(a, b);
+        default:
+          return a + b;
+      }
+    };
+    auto map = [&](Value a) { return Chance(50) ? Silu(a) : Minimum(Abs(a), 1.5f); };
+    // The gradient of a maximum of values that carry rounding errors jumps.
+    auto smooth = [&](Value a, Value b) { return Chance(50) ? a * b : a - b; };
+    const int axis = Below(x.rank());
+    const int64_t size = 1 + random_.Integer(x.dim(axis));
+    const bool steps = entry.exact && !gradients_;
+    switch (Below(4)) {
+      case 0:
+        x = steps ? random_views::Parts(x, axis, size, random_, combine, map)
+                  : random_views::Parts(x, axis, size, random_, smooth, map);
+        break;
+      case 1:
+        x = random_views::Beside(x, axis, size, random_, map);
+        break;
+      case 2: {
+        Entry other = Pick();
+        entry.exact = entry.exact && other.exact;
+        Value y = random_views::ViewAs(other.value, x.shape(), random_, Chance(50));
+        x = entry.exact && !gradients_ ? combine(x, y) : smooth(x, y);
+        break;
+      }
+      default:
+        x = steps ? random_views::Meeting(x, random_, combine, map)
+                  : random_views::Meeting(x, random_, smooth, map);
+    }
+    Add(x, entry.exact);
+  }
+
   // ------------------------------------------------------------------- reductions and calls
 
   void Reduction() {
@@ -437,8 +483,10 @@ class RandomGraphBuilder {
 
   void Step() {
     int kind = Below(only_exact_ ? 60 : 100);
-    if (kind < 35) {
+    if (kind < 30) {
       Elementwise();
+    } else if (kind < 42) {
+      Views();
     } else if (kind < 60) {
       Entry x = Pick();
       concat_exact_ = true;
