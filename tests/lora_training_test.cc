@@ -234,6 +234,11 @@ TEST(LoraTrainingTest, FoldersWithOtherFiles) {
   test::WriteText(folder / "killed/lora.json", "{\"rank\": 2}");
   EXPECT_THAT(MessageOf<FileError>([&] { TrainLora({}, {}, folder / "killed", true); }),
               HasSubstr("lora.json: the field `alpha` is missing"));
+  std::string unknown = test::ReadText(folder / "model/lora.json");
+  unknown.insert(unknown.find('{') + 1, "\"rnak\": 2,");
+  test::WriteText(folder / "killed/lora.json", unknown);
+  EXPECT_THAT(MessageOf<FileError>([&] { TrainLora({}, {}, folder / "killed", true); }),
+              HasSubstr("lora.json: unknown field 'rnak'"));
 }
 
 // ---------------------------------------------------------------- the program
