@@ -347,9 +347,11 @@ TEST_F(PipelineTest, UnknownWordsAreNamed) {
   EXPECT_THAT(MessageOf<ValueError>([&] { pipeline.Generate(Prompts({"mauve zebra"})); }),
               HasSubstr("mauve, zebra"));
   warnings.clear();
-  pipeline.Generate(Prompts({"a small red circle on a black background background"}), callbacks);
+  std::string longer = "a small red circle on a black background";
+  for (int word = 8; word < 77; ++word) longer += " background";
+  pipeline.Generate(Prompts({longer}), callbacks);
   ASSERT_EQ(warnings.size(), 1u);
-  EXPECT_THAT(warnings[0], HasSubstr("behind the 8 words"));
+  EXPECT_THAT(warnings[0], HasSubstr("behind the 76 words"));
 }
 
 TEST_F(PipelineTest, BadOptionsAndCancelling) {
