@@ -293,7 +293,8 @@ TEST(LoraAppTest, TrainsConvertsMergesAndSamples) {
         {"sample", "--model", model, "--prompt", "a", "--lora", other, "--allow-unmatched"});
   fails(3, "wrong shape", {"lora", "info", other, "--model", model});
   fails(3, "name the model", {"lora", "convert", lora, "--out", folder / "x.safetensors"});
-  fails(2, "requires --lora", {"sample", "--model", model, "--prompt", "a", "--allow-unmatched"});
+  fails(2, "has no effect without a LoRA",
+        {"sample", "--model", model, "--prompt", "a", "--allow-unmatched"});
   fails(2, "is no number", {"sample", "--model", model, "--prompt", "a", "--lora", lora + ":much"});
   fails(2, "unknown", {"train", "lora", "--unet", "toy16", "--out", folder / "y"});
   fails(2, "momentum has no effect",
