@@ -25,6 +25,7 @@ void Layer::Attach(std::string name, std::unique_ptr<Layer> layer) {
   for (const auto& other : layers_) {
     Check<InternalError>(other->name_ != name, "{}: sub-layer '{}' is declared twice", type_, name);
   }
+  layer->parent_ = this;
   layer->name_ = std::move(name);
   layer->SetPath(path_.empty() ? layer->name_ : path_ + "." + layer->name_);
   layers_.push_back(std::move(layer));
@@ -68,14 +69,24 @@ void Layer::SetRecompute(bool recompute) {
   Changed();
 }
 
-uint64_t Layer::StateKey() const {
+uint64_t Layer::Revision() const {
   uint64_t key = 1469598103934665603u;
+  auto add = [&](const Layer& layer, const auto& self) -> void {
+    key = (key ^ layer.revision_) * 1099511628211u;
+    for (const auto& child : layer.layers_) self(*child, self);
+  };
+  add(*this, add);
+  return key;
+}
+
+uint64_t Layer::StateKey() const {
+  uint64_t key = Revision();
   auto add = [&](uint64_t value) { key = (key ^ value) * 1099511628211u; };
   Visit(*this, [&](const Layer&, const Declaration& declaration) {
-    add(!declaration.parameter || declaration.parameter->trainable());
+    add(declaration.parameter ? declaration.parameter->trainable() : declaration.trainable);
   });
   auto add_layer = [&](const Layer& layer, const auto& self) -> void {
-    add(layer.revision_ * 2 + layer.training_);
+    add(layer.training_);
     for (const auto& child : layer.layers_) self(*child, self);
   };
   add_layer(*this, add_layer);
@@ -84,11 +95,14 @@ uint64_t Layer::StateKey() const {
 
 // ---------------------------------------------------------------- values
 
+// Gives a declaration its first storage.
+void Layer::Store(Declaration& declaration, Tensor value) {
+  declaration.parameter =
+      std::make_shared<Parameter>(PathOf(declaration), std::move(value), declaration.trainable);
+}
+
 Parameter& Layer::Storage(Declaration& declaration) {
-  if (!declaration.parameter) {
-    declaration.parameter =
-        std::make_shared<Parameter>(PathOf(declaration), Tensor(declaration.shape));
-  }
+  if (!declaration.parameter) Store(declaration, Tensor(declaration.shape));
   return *declaration.parameter;
 }
 
@@ -208,7 +222,10 @@ void Layer::UpdateParameters(float learning_rate) {
 
 void Layer::ReleaseParameters() {
   ResetState();
+  // Cached graphs of the layers around this one refer to the same parameters.
+  for (Layer* layer = parent_; layer; layer = layer->parent_) layer->execution_.reset();
   Visit(*this, [](Layer&, Declaration& declaration) {
+    if (declaration.parameter) declaration.trainable = declaration.parameter->trainable();
     declaration.parameter.reset();
     declaration.has_value = false;
     declaration.released = true;
@@ -288,8 +305,7 @@ LoadReport Layer::LoadParameters(std::map<std::string, Tensor> tensors, bool str
     Tensor source = std::move(tensors.at(report.loaded[i]));
     if (source.dtype() != DType::kF32) source = source.To(DType::kF32);
     if (!declaration->parameter && source.Unique()) {
-      declaration->parameter =
-          std::make_shared<Parameter>(layer->PathOf(*declaration), std::move(source));
+      layer->Store(*declaration, std::move(source));
     } else {
       layer->Storage(*declaration).Write().CopyFrom(source);
     }

@@ -120,9 +120,10 @@ class Layer {
   LoadReport LoadParameters(std::map<std::string, Tensor> tensors, bool strict = true);
   // The report alone: looks at names and types, reads no value and changes nothing.
   LoadReport CheckParameters(const std::map<std::string, Tensor>& tensors) const;
-  // Lets go of all values, to save memory. Graphs and compiled code that were made before keep
-  // theirs; for what is made later a value that has not been loaded, set or drawn again is a
-  // ValueError.
+  // Lets go of all values, to save memory, and of what Forward keeps here and in the layers around
+  // this one. Exported graphs and compiled code that were made before keep their values; for what
+  // is made later a value that has not been loaded, set or drawn again is a ValueError. New values
+  // are trainable or not as the old ones were.
   void ReleaseParameters();
   // Copies of all values by path.
   std::map<std::string, Tensor> SaveParameters();
@@ -139,6 +140,9 @@ class Layer {
   virtual bool SupportsTraining() const { return true; }
   // True if the exported graph can be compiled; every op of this library can.
   virtual bool SupportsJitCompilation() const { return true; }
+  // Another number whenever the exported graph could be another one, other than by SetTrainingMode:
+  // options and sub-layers have changed. For what is kept of graphs and code.
+  uint64_t Revision() const;
   // Facts for people: type, path, parameter count, mode, kept bytes, and what the layer adds.
   virtual std::map<std::string, std::string> GetDiagnostics() const;
 
@@ -186,6 +190,7 @@ class Layer {
     Initializer initializer;
     ParameterPtr parameter;  // storage exists from the first use on
     bool has_value = false, released = false;
+    bool trainable = true;  // of a parameter without storage
   };
   // Calls visit(layer, declaration) for every parameter: own ones, then those of the sub-layers.
   template <class Self, class F>
@@ -193,6 +198,7 @@ class Layer {
   void Attach(std::string name, std::unique_ptr<Layer> layer);
   void SetPath(const std::string& path);
   std::string PathOf(const Declaration& declaration) const;
+  void Store(Declaration& declaration, Tensor value);
   Parameter& Storage(Declaration& declaration);
   void Draw(Declaration& declaration, uint64_t seed);
   void EnsureValue(Declaration& declaration);
@@ -200,6 +206,7 @@ class Layer {
   uint64_t StateKey() const;
 
   std::string_view type_;
+  Layer* parent_ = nullptr;
   std::string name_, path_;
   bool training_ = true, recompute_ = false;
   uint64_t revision_ = 0;

@@ -344,6 +344,42 @@ TEST(LayerTest, ReleasedParametersAreGoneUntilTheyAreLoadedAgain) {
   EXPECT_THAT(pair.CheckParameters(tensors).missing, ElementsAre("gain"));
 }
 
+TEST(LayerTest, LayersAroundReleasedParametersForgetThemToo) {
+  Outer outer;
+  outer.Initialize(1);
+  Tensor x = Tensor::Full({2, 3}, 0.5f), before = outer.Forward(x).Clone();
+  std::weak_ptr<Parameter> old = outer.pair()->FindParameter("gain");
+  outer.pair()->ReleaseParameters();
+  EXPECT_TRUE(old.expired());
+  EXPECT_THAT(MessageOf<ValueError>([&] {
+                outer.Backward(Tensor::Full({2, 2}, 1));
+              }),
+              HasSubstr("needs a Forward"));
+  EXPECT_THAT(MessageOf<ValueError>([&] { outer.Forward(x); }), HasSubstr("has been released"));
+
+  Pair other;
+  other.Initialize(2);
+  outer.pair()->LoadParameters(other.SaveParameters());
+  EXPECT_EQ(RelativeError(outer.Forward(x), other.Forward(x)), 0);
+  EXPECT_GT(RelativeError(outer.Forward(x), before), 1e-3);
+}
+
+TEST(LayerTest, WhatIsFrozenStaysFrozenWhenItIsLoadedAgain) {
+  Pair pair;
+  auto tensors = pair.SaveParameters();
+  pair.FindParameter("gain")->set_trainable(false);
+  pair.FindParameter("first.bias")->set_trainable(false);
+  auto kept = tensors.at("gain");  // copied, while first.bias is moved in
+  pair.ReleaseParameters();
+  pair.ReleaseParameters();
+  pair.LoadParameters(std::move(tensors));
+  for (const ParameterPtr& parameter : pair.NamedParameters()) {
+    EXPECT_EQ(parameter->trainable(),
+              parameter->name() != "gain" && parameter->name() != "first.bias")
+        << parameter->name();
+  }
+}
+
 TEST(LayerTest, ConstructionTakesNoStorage) {
   int64_t live = MemoryStats::LiveBytes();
   nn::Transformer2DModel layer({.num_attention_heads = 8,
