@@ -239,16 +239,14 @@ void CompileCache::Trim() {
       entries.push_back({info.st_mtim, info.st_size, name});
     }
   }
-  // Reading the folder takes time with each entry, however small.
-  constexpr int64_t kMostEntries = 8192;
   int64_t count = static_cast<int64_t>(entries.size());
-  if (total <= max_bytes_ && count <= kMostEntries) return;
+  if (total <= max_bytes_ && count <= kMaxEntries) return;
   std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) {
     return std::tie(a.used.tv_sec, a.used.tv_nsec) < std::tie(b.used.tv_sec, b.used.tv_nsec);
   });
   // A little below the limit, so that the folder is not sorted anew for each entry.
   const int64_t target = max_bytes_ - max_bytes_ / 16;
-  const int64_t target_count = kMostEntries - kMostEntries / 16;
+  const int64_t target_count = kMaxEntries - kMaxEntries / 16;
   int64_t removed = 0;
   for (const Entry& entry : entries) {
     if (total <= target && count <= target_count) break;

@@ -27,13 +27,14 @@ struct CacheStats {
   int64_t refused = 0;  // damaged, of another key, of another owner, or writable for others
   int64_t stored = 0;
   int64_t unstored = 0;  // could not be written, for example because the disk is full
-  int64_t evicted = 0;   // removed to keep the folder within its size
+  int64_t evicted = 0;   // removed to keep the folder within its size and number of entries
   std::string problem;   // why the last of `refused` and `unstored` happened
 };
 
 class CompileCache {
  public:
   static constexpr int64_t kMaxBytes = int64_t{2} << 30;
+  static constexpr int64_t kMaxEntries = 8192;  // reading the folder takes time with each
 
   // Makes the folder, for this user alone, if it is missing. Errors: FileError, naming what to do,
   // if it cannot be made or opened, is no folder but a link, belongs to another user, may be
@@ -55,8 +56,8 @@ class CompileCache {
   void Store(std::string_view key, std::string_view data);
   // Counts data that Find returned as refused, because its content is not acceptable.
   void Refuse(const std::string& problem);
-  // Removes the entries that were not used for longest until the folder is within its size, and
-  // what killed processes left behind. Call after storing.
+  // Removes the entries that were not used for longest until the folder is within its size and
+  // kMaxEntries, and what killed processes left behind. Call after storing.
   void Trim();
 
   CacheStats Stats() const;

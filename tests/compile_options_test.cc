@@ -245,6 +245,25 @@ TEST(ReleaseWeights, LeavesOtherExecutablesTheirWeightsAndSaysWhatIsGone) {
       HasSubstr("release_weights"));
 }
 
+// Code with release_weights keeps no value of its own, so that others can take what it reads.
+TEST(ReleaseWeights, WhatOtherCodeHasFreedIsNotRead) {
+  ParameterPtr w = MakeParameter("w", {48, 48});
+  ComputationGraph sum, product;
+  sum.Output("y", sum.Input("x", {48, 48}) + sum.ParameterLeaf(w));
+  product.Output("y", MatMul(product.Input("x", {48, 48}), product.ParameterLeaf(w), false, true));
+  std::vector<Tensor> inputs = Randoms(sum), expected = Interpreter(sum).Run(inputs);
+  auto keeping = Compile(sum), reading = Compile(sum, {.release_weights = true});
+  ASSERT_TRUE(w->value().defined());
+  ExpectNear(reading->Run(inputs)[0], expected[0], 0);
+  auto taking = Compile(product, {.release_weights = true});
+  ASSERT_FALSE(w->value().defined());
+  std::vector<Tensor> outputs = {Tensor::Full({48, 48}, 7)};
+  EXPECT_THAT(MessageOf<ValueError>([&] { reading->Run(inputs, outputs); }),
+              AllOf(HasSubstr("parameter w has been released"), HasSubstr("compile it again")));
+  EXPECT_EQ(outputs[0].data()[0], 7) << "nothing is written";
+  ExpectNear(keeping->Run(inputs)[0], expected[0], 0);
+}
+
 TEST(ReleaseWeights, WhatOnlyRareInputsNeedMayChange) {
   ComputationGraph graph;
   ParameterPtr w = MakeParameter("w", {64, 48}), scale = MakeParameter("scale", {48});

@@ -334,7 +334,13 @@ void Executable::CheckArguments(std::span<const Tensor> inputs, std::span<Tensor
 void Executable::CheckParameters(std::span<const Tensor> inputs) const {
   for (size_t p = 0; p < addresses_.size(); ++p) {
     const Tensor& value = data_.parameters[p]->value();
-    Check(addresses_[p] == nullptr || !value.defined() || value.raw() == addresses_[p],
+    if (addresses_[p] == nullptr || value.raw() == addresses_[p]) continue;
+    const bool kept = p < data_.storage.size();  // all parameters or none
+    Check(value.defined() || kept,
+          "run: parameter {} has been released by other code that was compiled with "
+          "release_weights; load the model and compile it again",
+          data_.parameters[p]->name());
+    Check(!value.defined(),
           "run: parameter {} has another tensor than when the graph was compiled; write into it "
           "(Write().CopyFrom(x)), or compile again",
           data_.parameters[p]->name());

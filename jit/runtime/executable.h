@@ -84,7 +84,8 @@ struct ExecutableData {
   // If not empty: for each prepare step the parameters that are freed after it. Packing is then
   // done only once.
   std::vector<std::vector<ParameterPtr>> release;
-  // Keeps what the code points to, also if another executable of the same parameters releases it.
+  // Keeps what the code points to, also if another executable of the same parameters releases it:
+  // the values of `parameters`, or nothing with release_weights.
   std::vector<Tensor> storage;
   std::vector<IndexCheck> checks;
   // Parts of the arena, offset and bytes, that are zero before the first run.
@@ -112,8 +113,9 @@ class Executable {
   // its updates to the parameters, whose versions grow. Weights changed since the last call (see
   // Parameter::Write) are seen. Several threads may call Run at once if the graph has no updates.
   // Errors: ShapeError naming an input that does not fit, ValueError for an index out of range, for
-  // a parameter whose tensor has been replaced instead of written to, or for an input that shares
-  // memory with a parameter that the graph updates; then nothing has been written.
+  // a parameter whose tensor has been replaced instead of written to or that other code with
+  // release_weights has freed, or for an input that shares memory with a parameter that the graph
+  // updates; then nothing has been written.
   std::vector<Tensor> Run(std::span<const Tensor> inputs);
   // As above into existing tensors, which must not overlap inputs, parameters or each other
   // (Errors: ValueError). Allocates nothing unless weights or rare inputs have changed or
