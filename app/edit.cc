@@ -5,8 +5,10 @@
 
 #include "app/commands.h"
 #include "app/progress.h"
+#include "io/file.h"
 #include "io/png.h"
 #include "pipelines/attention_editing.h"
+#include "pipelines/lora_tags.h"
 
 namespace calotype::app {
 namespace {
@@ -41,6 +43,21 @@ StepRange ParseRange(const std::string& text, const char* option) {
   return range;
 }
 
+// OUT-000.png, OUT-001.png, ...
+std::filesystem::path PathOf(const std::filesystem::path& out, size_t index) {
+  std::filesystem::path path = out;
+  path.replace_filename(
+      fmt::format("{}-{:03}{}", out.stem().string(), index, out.extension().string()));
+  return path;
+}
+
+void CheckNoTags(std::string prompt) {
+  const std::string given = prompt;
+  Check(TakeLoraTags(prompt).empty(),
+        "edit: the prompt {} names a LoRA; put it into the model first, with `calotype lora merge`",
+        Quoted(given));
+}
+
 void Run(Command& command, bool quiet) {
   AttentionEditOptions& edit = command.edit;
   for (const std::string& text : command.n_cross_replace) {
@@ -54,7 +71,9 @@ void Run(Command& command, bool quiet) {
   prompts.insert(prompts.end(), command.edit_prompts.begin(), command.edit_prompts.end());
   if (edit.edit_type == "reweight" && prompts.size() == 1) prompts.push_back(command.prompt);
   Check(prompts.size() > 1, "edit: give one or more --edit-prompt");
-  CheckPngPath(command.out);
+  for (const std::string& prompt : prompts) CheckNoTags(prompt);
+  CheckNoTags(command.options.negative_prompt);
+  for (size_t i = 0; i < prompts.size(); ++i) CheckPngPath(PathOf(command.out, i));
   command.options.seeds = {command.seed};
 
   ProgressBar bar("draw", quiet);
@@ -67,9 +86,7 @@ void Run(Command& command, bool quiet) {
   drawn.prompts = prompts;
   drawn.seeds.assign(prompts.size(), command.seed);
   for (size_t i = 0; i < pictures.size(); ++i) {
-    std::filesystem::path path = command.out;
-    path.replace_filename(
-        fmt::format("{}-{:03}{}", path.stem().string(), i, path.extension().string()));
+    const std::filesystem::path path = PathOf(command.out, i);
     std::vector<PngText> texts{{"parameters", GenerationParameters(pipeline->model(), drawn, i)}};
     WritePng(path, pictures[i], texts);
     fmt::print("{}\n", path.string());

@@ -50,7 +50,7 @@ class Options {
   ~Options();
   Options(const Options&) = delete;
 
-  // `value` is set when the command line is read. T: std::string, std::filesystem::path, bool, int,
+  // `value` is set when the command line is read. T: std::string, std::filesystem::path, int,
   // int64_t, uint64_t, float, double, std::optional and std::vector of some; others do not link.
   template <class T>
   Option* add_option(const std::string& names, T& value, const std::string& help);

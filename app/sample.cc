@@ -1,8 +1,10 @@
 // calotype sample: pictures from prompts.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "app/commands.h"
 #include "app/progress.h"
@@ -44,10 +46,14 @@ std::vector<WeightedLora> TakeLoras(const Command& command, std::vector<std::str
     Check(own.empty() || !command.lora_dir.empty(),
           "sample: give --lora-dir, the folder of the LoRA {} that a prompt names",
           Quoted(own.empty() ? "" : own[0].name));
-    Check(!tags || *tags == own,
+    Check(!tags || std::ranges::is_permutation(*tags, own),
           "sample: the prompts name different LoRAs; draw them by one command each");
-    tags = std::move(own);
+    if (!tags) tags = std::move(own);
   }
+  std::string negative = command.options.negative_prompt;
+  Check(TakeLoraTags(negative).empty(),
+        "sample: --negative-prompt {} names a LoRA, which only prompts can",
+        Quoted(command.options.negative_prompt));
   Check(command.lora_dir.empty() || !tags->empty(),
         "sample: --lora-dir has no effect, as no prompt has a tag <lora:NAME:WEIGHT>");
   for (const LoraTag& tag : *tags)
@@ -64,9 +70,16 @@ std::filesystem::path PathOf(const std::filesystem::path& out, size_t index, siz
   return path;
 }
 
+// Errors: FileError if no picture can be written there, while nothing has been drawn yet.
+void MakeMapsFolder(const std::filesystem::path& folder) {
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  Check<FileError>(!error, "{}: cannot make the folder: {}", folder.string(), error.message());
+  CheckPngPath(folder / "000.png");
+}
+
 void Run(Command& command, bool quiet) {
   Check(command.count >= 1, "sample: {} pictures a prompt, must be at least 1", command.count);
-  CheckPngPath(command.out);
   GenerateOptions& options = command.options;
   for (const std::string& prompt : command.prompts) {
     for (int64_t i = 0; i < command.count; ++i) {
@@ -74,6 +87,8 @@ void Run(Command& command, bool quiet) {
       options.seeds.push_back(command.seed + static_cast<uint64_t>(i));
     }
   }
+  const size_t count = options.prompts.size();
+  for (size_t i = 0; i < count; ++i) CheckPngPath(PathOf(command.out, i, count));
   if (!command.init_image.empty()) options.init_image = ReadPicture(command.init_image);
   if (!command.mask_image.empty()) options.mask_image = ReadPicture(command.mask_image);
   if (options.width == 0) options.width = command.side;
@@ -118,6 +133,7 @@ void Run(Command& command, bool quiet) {
     Check(syntax == PromptSyntax::kPlain,
           "sample: --attention-maps shows the words of plain prompts, not of --prompt-syntax {}",
           command.prompt_syntax);
+    MakeMapsFolder(command.attention_maps);
     options.hooks = maps.Hooks(pipeline->model());
   }
   if (command.vae_tiling) {
@@ -126,15 +142,16 @@ void Run(Command& command, bool quiet) {
     vae->SetTiling(VaeTiling{});
   }
   std::vector<Image> pictures = TensorToImages(pipeline->Generate(options, ShowSampling(bar)));
-  if (!command.attention_maps.empty()) {
-    WriteHeatMaps(command.attention_maps, maps, pipeline->model(), options.prompts, pictures);
-  }
-  options.prompts = given_prompts;
+  // Pictures first: they took longest. They name the prompts as given, with the tags of LoRAs.
+  const std::vector<std::string> drawn_prompts = std::exchange(options.prompts, given_prompts);
   for (size_t i = 0; i < pictures.size(); ++i) {
-    std::filesystem::path path = PathOf(command.out, i, pictures.size());
+    std::filesystem::path path = PathOf(command.out, i, count);
     std::vector<PngText> texts{{"parameters", GenerationParameters(pipeline->model(), options, i)}};
     WritePng(path, pictures[i], texts);
     fmt::print("{}\n", path.string());
+  }
+  if (!command.attention_maps.empty()) {
+    WriteHeatMaps(command.attention_maps, maps, pipeline->model(), drawn_prompts, pictures);
   }
 }
 

@@ -80,12 +80,12 @@ struct LoadedModel {
 
 jit::CompileOptions CompileOptionsOf(const Command& command, const Layer& model) {
   jit::CompileOptions options;
-  // The memory of the weights that are released may be filled again.
-  options.winograd_bytes += 4 * model.ParameterCount();
   options.winograd = jit::ParseWinograd(command.winograd);
   options.tune = command.tune;
   // The model is compiled once; checking reads the weights.
   options.release_weights = !jit::CheckRequested();
+  // The memory of the weights that are released may be filled again.
+  if (options.release_weights) options.winograd_bytes += 4 * model.ParameterCount();
   return options;
 }
 

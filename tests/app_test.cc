@@ -224,7 +224,24 @@ TEST_F(AppTest, SamplesArePicturesWithTheirParameters) {
   EXPECT_EQ(info.code, 0);
   EXPECT_THAT(info.out, HasSubstr("Seed: 7"));
 
+  // Maps that cannot be written: known before drawing, or else the pictures are there.
+  auto maps = [&](const std::string& folder) {
+    return Calotype({"sample", "--model", folder_ / "run", "--prompt", "a blue cross", "--steps",
+                     "2", "--attention-maps", folder, "--out", folder_ / "y.png", "--backend",
+                     "eager", "--threads", "1"});
+  };
+  ProgramResult no_folder = maps(picture);
+  EXPECT_EQ(no_folder.code, 3);
+  EXPECT_THAT(no_folder.err, HasSubstr(picture));
+  EXPECT_FALSE(fs::exists(folder_ / "y.png"));
+  fs::create_directories(folder_ / "maps/000-1-blue.png");
+  ProgramResult no_map = maps(folder_ / "maps");
+  EXPECT_EQ(no_map.code, 3);
+  EXPECT_THAT(no_map.err, HasSubstr("000-1-blue.png"));
+  EXPECT_TRUE(fs::exists(folder_ / "y.png"));
+
   // Several pictures: numbered names; the same seed gives the same picture; eager is close.
+  fs::create_directories(folder_ / "many.png");  // which is not written
   ProgramResult several =
       Calotype({"sample", "-m", folder_ / "run", "-p", "a large blue cross on a gray background",
                 "--steps", "3", "--guidance-scale", "2", "--seed", "6", "--count", "2", "--out",
@@ -233,6 +250,43 @@ TEST_F(AppTest, SamplesArePicturesWithTheirParameters) {
   Image second = ReadPng(folder_ / "many-001.png");
   ASSERT_EQ(second.rgb.size(), image.rgb.size());
   for (size_t i = 0; i < image.rgb.size(); ++i) ASSERT_NEAR(second.rgb[i], image.rgb[i], 1);
+}
+
+// Before a model is read.
+TEST_F(AppTest, WhatDrawingCannotDoIsSaidAtOnce) {
+  auto message = [&](const std::string& command, std::vector<std::string> arguments, int code) {
+    arguments.insert(arguments.begin(), {command, "--model", folder_ / "nothing"});
+    ProgramResult result = Calotype(arguments);
+    EXPECT_EQ(result.code, code) << result.err;
+    return result.err;
+  };
+  fs::create_directories(folder_ / "x-001.png");
+  const std::string out = folder_ / "x.png";
+  for (const std::string& err :
+       {message("sample", {"--prompt", "a", "--count", "2", "--out", out}, 3),
+        message("sample", {"--prompt", "a", "--prompt", "b", "--out", out}, 3),
+        message("edit", {"--prompt", "a", "--edit-prompt", "b", "--out", out}, 3)}) {
+    EXPECT_THAT(err, AllOf(HasSubstr("x-001.png"), HasSubstr("it is a folder")));
+  }
+
+  // Tags of LoRAs: the same in each prompt, in any order; nowhere else.
+  auto two = [&](const std::string& second, int code) {
+    return message("sample",
+                   {"--prompt", "a <lora:m:0.5> <lora:n>", "--prompt", second, "--lora-dir",
+                    folder_ / ".", "--out", folder_ / "y.png"},
+                   code);
+  };
+  EXPECT_THAT(two("b <lora:n> <lora:m:0.5>", 3), HasSubstr("m.safetensors: no such file"));
+  EXPECT_THAT(two("b <lora:n> <lora:m:0.6>", 2), HasSubstr("different LoRAs"));
+  EXPECT_THAT(two("b <lora:n>", 2), HasSubstr("different LoRAs"));
+  const std::string tag = "c <lora:m>";
+  for (const std::string& err :
+       {message("sample", {"--prompt", "a", "--negative-prompt", tag}, 2),
+        message("edit", {"--prompt", "a", "--edit-prompt", "b", "--negative-prompt", tag}, 2),
+        message("edit", {"--prompt", tag, "--edit-prompt", "b"}, 2),
+        message("edit", {"--prompt", "a", "--edit-prompt", tag}, 2)}) {
+    EXPECT_THAT(err, AllOf(HasSubstr("names a LoRA"), HasSubstr(tag)));
+  }
 }
 
 TEST_F(AppTest, StableDiffusionFolders) {
