@@ -26,15 +26,12 @@ void Run(Command& command, bool quiet) {
   const TrainFlags& flags = command.flags;
   const std::set<std::string> chosen = flags.Chosen();
   if (flags.Resume()) {
+    CheckResumes(kTrain, flags.folder);
     std::filesystem::path stored = flags.folder / "train.json";
     options = MergeForResume(ParseTrainOptions(ReadFile(stored), stored), options, chosen);
   }
-  Validate(options);
-  CheckChosen(options, chosen);
-  auto warn = [&](const std::string& text) { callbacks.message("warning: " + text); };
-  if (!flags.Resume()) DrawClassPictures(options, callbacks);
-  auto data = OpenDataset(options, warn);
-  auto model = MakeModel(options, *data, warn);
+  auto [data, model] = BeginTraining(options, chosen, flags.folder, flags.Resume(), {}, callbacks);
+  if (!flags.Resume()) DrawClassPictures(options, *model, callbacks);
   callbacks.message(fmt::format("{} captions, {} parameters, {} steps of {}", data->size(),
                                 model->ParameterCount(), options.max_train_steps,
                                 PicturesOfAStep(options)));

@@ -66,6 +66,9 @@ std::vector<std::filesystem::path> PicturesIn(const std::filesystem::path& folde
   std::vector<std::filesystem::path> paths;
   std::error_code error;
   for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
+    std::error_code ignored;  // what cannot be looked at is no file
+    if (entry.path().filename().string().starts_with('.') || !entry.is_regular_file(ignored))
+      continue;
     std::string end = entry.path().extension().string();
     std::ranges::transform(end, end.begin(), [](unsigned char c) { return std::tolower(c); });
     if (end == ".png" || end == ".jpg" || end == ".jpeg") paths.push_back(entry.path());
@@ -90,6 +93,7 @@ ImageFolder::ImageFolder(const std::filesystem::path& folder, const Options& opt
       entries_.push_back({path.filename().string(), {options.caption}, {}});
       paths.push_back(path);
     }
+    Check<FileError>(!paths.empty(), "{}: there are no .png, .jpg or .jpeg files", folder.string());
   } else {
     ReadList(folder, root, paths);
   }

@@ -62,7 +62,8 @@ class ImageFolder : public Dataset {
   std::vector<Entry> entries_;
 };
 
-// The .png, .jpg and .jpeg files of a folder (not of those in it), by name. Errors: FileError.
+// The .png, .jpg and .jpeg files of a folder (not of those in it, no hidden ones), by name. Errors:
+// FileError.
 std::vector<std::filesystem::path> PicturesIn(const std::filesystem::path& folder);
 
 // A line of metadata.jsonl, with the newline.

@@ -16,7 +16,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kOptionsFile = "custom_diffusion.json";
 constexpr const char* kInitializers = "ktn+pll+ucd";  // rare words of CLIP's vocabulary
 
 struct Word {
@@ -103,30 +102,18 @@ TrainOptions CustomDiffusionTrainDefaults() {
 TrainResult TrainCustomDiffusion(CustomDiffusionTrainOptions custom, TrainOptions options,
                                  const fs::path& folder, bool resume,
                                  const std::set<std::string>& chosen, TrainCallbacks callbacks) {
-  if (resume) OptionsForResume(folder, kOptionsFile, custom, options, chosen);
+  if (resume) OptionsForResume(folder, kTrainCustomDiffusion, custom, options, chosen);
   Validate(custom);
   auto message = [&](const std::string& text) {
     if (callbacks.message) callbacks.message(text);
   };
-  auto warn = [&](const std::string& text) { message("warning: " + text); };
   Check(!options.model.empty(), "training: Custom Diffusion needs a model to be trained on");
   Check(!options.train_text_encoder,
         "training: train_text_encoder has no effect on Custom Diffusion, which trains its words");
-  Validate(options);
-  CheckChosen(options, chosen);
-  std::error_code ignored;  // a folder that cannot be looked into is an error where it is written
-  if (!resume && !HoldsRun(folder)) {
-    std::vector<fs::path> results{folder / kCustomDiffusionFile};
-    for (const std::string& word : SplitList(custom.modifier_token, '+'))
-      results.push_back(FileOf(folder, word));
-    for (const fs::path& file : results) {
-      Check(!fs::exists(file, ignored),
-            "{} is there, and the run would overwrite it; choose another folder", file.string());
-    }
-  }
-  if (!resume) DrawClassPictures(options, callbacks);
-  const auto pictures = OpenDataset(options, warn);
-  auto model = MakeModel(options, *pictures, warn);
+  std::vector<fs::path> results{folder / kCustomDiffusionFile};
+  for (const std::string& word : SplitList(custom.modifier_token, '+'))
+    results.push_back(FileOf(folder, word));
+  auto [pictures, model] = BeginTraining(options, chosen, folder, resume, results, callbacks);
   const CustomDiffusionDataset data(*pictures, model->factor(), !custom.no_augmentation);
 
   const std::vector<Word> words = AddModifierTokens(*model, custom);
@@ -142,9 +129,12 @@ TrainResult TrainCustomDiffusion(CustomDiffusionTrainOptions custom, TrainOption
               SaveWordEmbedding(FileOf(run, word.text), word.text, word.embedding->value());
           },
       .begin =
-          [&](const fs::path& run) { WriteFile(run / kOptionsFile, TargetOptionsToJson(custom)); }};
+          [&](const fs::path& run) {
+            WriteFile(run / kTrainCustomDiffusion.options_file, TargetOptionsToJson(custom));
+          }};
   for (const Word& word : words) target.parameters.push_back(word.embedding);
   if (options.scale_lr && !options.class_data.empty()) target.learning_rate_factor = 2;
+  if (!resume) DrawClassPictures(options, *model, callbacks);
   int64_t numbers = 0;
   for (const ParameterPtr& p : target.parameters) numbers += p->value().elements();
   message(fmt::format("{} pictures, {} new words, {} numbers to train, {} steps of {}", data.size(),

@@ -9,13 +9,8 @@
 #include "pipelines/training_setup.h"
 
 namespace calotype {
-namespace {
 
 namespace fs = std::filesystem;
-
-constexpr const char* kOptionsFile = "lora.json";
-
-}  // namespace
 
 void Validate(const LoraTrainOptions& o) {
   Check(o.rank >= 1 && o.rank <= 65536, "training: rank is {}, must be in [1, 65536]", o.rank);
@@ -47,24 +42,16 @@ fs::path LoraFileOf(const fs::path& folder, std::string_view format) {
 
 TrainResult TrainLora(LoraTrainOptions lora, TrainOptions options, const fs::path& folder,
                       bool resume, const std::set<std::string>& chosen, TrainCallbacks callbacks) {
-  if (resume) OptionsForResume(folder, kOptionsFile, lora, options, chosen);
+  if (resume) OptionsForResume(folder, kTrainLora, lora, options, chosen);
   Validate(lora);
   auto message = [&](const std::string& text) {
     if (callbacks.message) callbacks.message(text);
   };
-  auto warn = [&](const std::string& text) { message("warning: " + text); };
   Check(!options.model.empty(), "training: a LoRA needs a model to be trained on");
   Check(!options.train_text_encoder,
         "training: train_text_encoder is an option of the LoRA, not of what it is trained with");
-  Validate(options);
-  CheckChosen(options, chosen);
-  const fs::path file = LoraFileOf(folder, lora.format);
-  std::error_code ignored;  // a folder that cannot be looked into is an error where it is written
-  Check(resume || HoldsRun(folder) || !fs::exists(file, ignored),
-        "{} is there, and the run would overwrite it; choose another folder", file.string());
-  if (!resume) DrawClassPictures(options, callbacks);
-  auto data = OpenDataset(options, warn);
-  auto model = MakeModel(options, *data, warn);
+  const std::vector<fs::path> results{LoraFileOf(folder, lora.format)};
+  auto [data, model] = BeginTraining(options, chosen, folder, resume, results, callbacks);
 
   LoraModel target = LoraModelOf(*model);
   LoraConfig config{
@@ -77,15 +64,17 @@ TrainResult TrainLora(LoraTrainOptions lora, TrainOptions options, const fs::pat
     if (config.text_encoder_targets.empty()) config.text_encoder_targets = config.targets;
   }
   int64_t terms = AddLora(target, config);
-  TrainTarget trained{
-      .parameters = LoraParameters(target),
-      .save =
-          [&](const fs::path& run) {
-            SaveLora(LoraFileOf(run, lora.format), CollectLora(target),
-                     ParseLoraDialect(lora.format));
-          },
-      .begin =
-          [&](const fs::path& run) { WriteFile(run / kOptionsFile, TargetOptionsToJson(lora)); }};
+  TrainTarget trained{.parameters = LoraParameters(target),
+                      .save =
+                          [&](const fs::path& run) {
+                            SaveLora(LoraFileOf(run, lora.format), CollectLora(target),
+                                     ParseLoraDialect(lora.format));
+                          },
+                      .begin =
+                          [&](const fs::path& run) {
+                            WriteFile(run / kTrainLora.options_file, TargetOptionsToJson(lora));
+                          }};
+  if (!resume) DrawClassPictures(options, *model, callbacks);
   int64_t numbers = 0;
   for (const ParameterPtr& p : trained.parameters) numbers += p->value().elements();
   message(fmt::format("{} captions, {} terms of {} numbers beside {} parameters, {} steps of {}",

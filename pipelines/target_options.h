@@ -11,6 +11,7 @@
 #include "core/error.h"
 #include "io/file.h"
 #include "pipelines/train_options.h"
+#include "pipelines/training_setup.h"
 
 namespace calotype {
 
@@ -36,7 +37,12 @@ Options ReadTargetOptions(const std::filesystem::path& path) {
                        "{}: the field `{}` is missing; a run of an earlier version of the program "
                        "cannot be continued",
                        path.string(), name);
-      document.at(name).get_to(field);
+      try {
+        document.at(name).get_to(field);
+      } catch (const nlohmann::json::exception&) {
+        Fail<FileError>("{}: the field `{}` is {}, of the wrong type", path.string(), name,
+                        document.at(name).dump());
+      }
     });
     for (const auto& [name, value] : document.items()) {
       Check<FileError>(known.count(name) == 1, "{}: unknown field {}", path.string(), Quoted(name));
@@ -47,12 +53,14 @@ Options ReadTargetOptions(const std::filesystem::path& path) {
   return options;
 }
 
-// For a continued run: both kinds of options as its files have them, with TrainOptions' resumable
-// fields as given. Errors: ValueError naming a chosen field that differs and may not; FileError.
+// For a continued run of that kind: both kinds of options as its files have them, with
+// TrainOptions' resumable fields as given. Errors: ValueError naming a chosen field that differs
+// and may not, and as CheckResumes; FileError.
 template <class Options>
-void OptionsForResume(const std::filesystem::path& folder, const char* file, Options& own,
+void OptionsForResume(const std::filesystem::path& folder, const TrainingKind& kind, Options& own,
                       TrainOptions& options, const std::set<std::string>& chosen) {
-  const auto stored = ReadTargetOptions<Options>(folder / file);
+  CheckResumes(kind, folder);
+  const auto stored = ReadTargetOptions<Options>(folder / kind.options_file);
   std::map<std::string, nlohmann::ordered_json> given;
   Options::Visit(own,
                  [&](const char* name, const auto& field, const char*) { given[name] = field; });

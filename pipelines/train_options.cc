@@ -64,6 +64,7 @@ void CheckEffect(const TrainOptions& o, const std::set<std::string>& chosen) {
   check("prior_loss_weight", !o.class_data.empty(), "class_data");
   check("class_prompt", !o.class_data.empty() && o.class_data != "shapes",
         "a folder of class_data");
+  check("num_class_images", !o.model.empty(), "model");
   check("num_class_images", !o.class_prompt.empty(), "class_prompt");
   check("instance_prompt", o.data != "shapes", "a folder of data");
   check("train_text_encoder", !o.model.empty(), "model");
@@ -188,7 +189,12 @@ TrainOptions ParseTrainOptions(std::string_view text, const std::filesystem::pat
                        "{}: the field `{}` is missing; a run of an earlier version of the program "
                        "cannot be continued",
                        path.string(), name);
-      document.at(name).get_to(field);
+      try {
+        document.at(name).get_to(field);
+      } catch (const nlohmann::json::exception&) {
+        Fail<FileError>("{}: the field `{}` is {}, of the wrong type", path.string(), name,
+                        document.at(name).dump());
+      }
     });
     for (const auto& [name, value] : document.items()) {
       Check<FileError>(known.count(name) == 1, "{}: unknown field `{}`", path.string(), name);

@@ -186,11 +186,26 @@ bool HoldsRun(const fs::path& folder) {
   return fs::exists(folder / "train.json", ignored);
 }
 
+void CheckRun(const TrainOptions& options, const fs::path& folder, bool resume, bool writes_model) {
+  Validate(options);
+  RateOf(options, 1).At(0);
+  if (resume) {
+    Check<FileError>(HoldsRun(folder), "{}: there is no run to resume", folder.string());
+    return;
+  }
+  Check(!HoldsRun(folder),
+        "{} already holds a run; continue it with --resume, or choose another folder",
+        folder.string());
+  std::error_code ignored;  // as for HoldsRun
+  Check(!writes_model || !fs::exists(folder / "model_index.json", ignored),
+        "{} holds a model, which the run would overwrite; choose another folder", folder.string());
+}
+
 Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions& options,
                  fs::path folder, bool resume, TrainCallbacks callbacks, TrainTarget target)
     : model_(model),
       data_(data),
-      options_((calotype::Validate(options), options)),
+      options_((CheckRun(options, folder, resume, !target.save), options)),
       folder_(std::move(folder)),
       callbacks_(std::move(callbacks)),
       target_{TrainedParameters(model, target), std::move(target.save), std::move(target.begin),
@@ -208,8 +223,6 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
                CaptionText(model, data, options.data, inputs_.embeddings, backend_, callbacks_),
                BatchOptions(options, schedule_)),
       rate_(RateOf(options, target.learning_rate_factor)) {
-  // A bad schedule or prompt is an error before the folder is made, not in the middle of the run.
-  rate_.At(0);
   if (class_data_) {
     Check(class_data_->side() == data.side(),
           "training: the pictures of the data have {} pixels a side, those of class_data {}",
@@ -224,6 +237,7 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
                                                   inputs_.embeddings, backend_, callbacks_),
                                       batches);
   }
+  // A bad prompt is an error before the folder is made, not in the middle of the run.
   if (options_.sample_steps > 0) {
     model_.Tokens(std::vector{options_.validation_prompt},
                   [&](const std::string& text) { Message("warning: " + text); });
@@ -232,17 +246,11 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
       std::make_unique<Optimizer>(RuleOf(options_), target_.parameters, options_.max_grad_norm);
   if (options_.ema_decay > 0) ema_ = std::make_unique<Ema>(EmaOf(options_), target_.parameters);
   if (resume) {
-    Check<FileError>(HoldsRun(folder_), "{}: there is no run to resume", folder_.string());
     lock_ = LockFolder(folder_);
     Resume();
   } else {
-    Check(!HoldsRun(folder_),
-          "{} already holds a run; continue it with --resume, or choose another folder",
-          folder_.string());
-    std::error_code ignored;  // as for HoldsRun
-    Check(target_.save || !fs::exists(folder_ / "model_index.json", ignored),
-          "{} holds a model, which the run would overwrite; choose another folder",
-          folder_.string());
+    // Once more: what is above can take minutes.
+    CheckRun(options_, folder_, resume, !target_.save);
     MakeFolder(folder_ / "checkpoints");
     lock_ = LockFolder(folder_);
     if (target_.begin) target_.begin(folder_);

@@ -75,6 +75,12 @@ struct TrainResult {
 // True if `folder` holds a run, finished or not.
 bool HoldsRun(const std::filesystem::path& folder);
 
+// What is wrong with a run whatever its data and model are: the options and the learning rate's
+// schedule; a folder that holds a run already, or a model if the run writes one; with `resume`, one
+// that holds none. Errors: as Trainer's.
+void CheckRun(const TrainOptions& options, const std::filesystem::path& folder, bool resume,
+              bool writes_model);
+
 class Trainer {
  public:
   // Starts a run in `folder`, which is made. Keeps references to model and data. Errors: ValueError

@@ -1,13 +1,16 @@
 #include "pipelines/training_setup.h"
 
 #include <algorithm>
-#include <filesystem>
+#include <string_view>
+#include <system_error>
 
 #include "core/error.h"
+#include "io/file.h"
 #include "io/image_folder.h"
 #include "io/shapes.h"
 #include "models/presets.h"
 #include "pipelines/model_folder.h"
+#include "pipelines/trainer.h"
 
 namespace calotype {
 namespace {
@@ -34,7 +37,49 @@ void Freeze(Layer* layer) {
   for (const ParameterPtr& parameter : layer->NamedParameters()) parameter->set_trainable(false);
 }
 
+void CheckSide(const Dataset& data, int64_t factor) {
+  Check(data.side() % factor == 0,
+        "training: the pictures have {} pixels a side, expected a multiple of {}; give another "
+        "resolution",
+        data.side(), factor);
+}
+
 }  // namespace
+
+void CheckResumes(const TrainingKind& kind, const std::filesystem::path& folder) {
+  Check<FileError>(HoldsRun(folder), "{}: there is no run to resume", folder.string());
+  auto there = [&](const TrainingKind& other) {
+    std::error_code ignored;  // a file that cannot be looked at is an error where it is read
+    return other.options_file && std::filesystem::exists(folder / other.options_file, ignored);
+  };
+  if (there(kind)) return;
+  TrainingKind found = kTrain;
+  for (const TrainingKind& other : {kTrainLora, kTrainCustomDiffusion}) {
+    if (there(other)) found = other;
+  }
+  Check(std::string_view(found.command) == kind.command,
+        "{} holds a run of `{}`, which continues it: calotype {} --out {} --resume",
+        folder.string(), found.command, found.command, folder.string());
+}
+
+TrainingParts BeginTraining(const TrainOptions& options, const std::set<std::string>& chosen,
+                            const std::filesystem::path& folder, bool resume,
+                            std::span<const std::filesystem::path> results,
+                            const TrainCallbacks& callbacks) {
+  CheckRun(options, folder, resume, /*writes_model=*/results.empty());
+  CheckChosen(options, chosen);
+  for (const std::filesystem::path& file : results) {
+    std::error_code ignored;  // a folder that cannot be looked into is an error where it is written
+    Check(resume || !std::filesystem::exists(file, ignored),
+          "{} is there, and the run would overwrite it; choose another folder", file.string());
+  }
+  auto warn = [&](const std::string& text) {
+    if (callbacks.message) callbacks.message("warning: " + text);
+  };
+  TrainingParts parts{.data = OpenDataset(options, warn), .model = nullptr};
+  parts.model = MakeModel(options, *parts.data, warn);
+  return parts;
+}
 
 UNet2DConditionConfig UNetOf(const std::string& name) {
   auto names = UNetPresetNames();
@@ -83,8 +128,9 @@ std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dat
                                           const WarningCallback& warn) {
   if (!options.model.empty()) {
     auto model = DiffusionModel::Load(options.model, warn);
-    Check<UnsupportedError>(!model->takes_mask(), "{}: a U-Net that takes a mask cannot be trained",
-                            options.model);
+    Check<UnsupportedFileError>(!model->takes_mask(),
+                                "{}: a U-Net that takes a mask cannot be trained", options.model);
+    CheckSide(data, model->factor());
     Check(!options.train_text_encoder || model->text_encoder(),
           "training: train_text_encoder has no effect on {}, whose caption encoder trains anyway",
           options.model);
@@ -104,9 +150,7 @@ std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dat
   std::optional<AutoencoderKLConfig> vae;
   if (!options.vae.empty()) {
     vae = ReadAutoencoderKLConfig(std::filesystem::path(options.vae) / "config.json");
-    Check(data.side() % vae->Factor() == 0,
-          "training: the pictures have {} pixels a side, expected a multiple of {}", data.side(),
-          vae->Factor());
+    CheckSide(data, vae->Factor());
     unet.sample_size = data.side() / vae->Factor();
     unet.in_channels = unet.out_channels = vae->latent_channels;
   } else {

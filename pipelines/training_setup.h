@@ -1,7 +1,11 @@
-// From options to what a Trainer needs: the data set and a fresh model for its captions.
+// From options to what a Trainer needs: the data set and a fresh model for its captions; what all
+// training commands begin with.
 #pragma once
 
+#include <filesystem>
 #include <memory>
+#include <set>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -10,6 +14,34 @@
 #include "pipelines/train_options.h"
 
 namespace calotype {
+
+struct TrainCallbacks;
+
+// A training command, and the file beside train.json that holds its own options.
+struct TrainingKind {
+  const char* command;
+  const char* options_file = nullptr;
+};
+constexpr TrainingKind kTrain{"train"};
+constexpr TrainingKind kTrainLora{"train lora", "lora.json"};
+constexpr TrainingKind kTrainCustomDiffusion{"train custom-diffusion", "custom_diffusion.json"};
+// Errors: FileError if `folder` holds no run; ValueError, naming the command, if it is of another
+// kind.
+void CheckResumes(const TrainingKind& kind, const std::filesystem::path& folder);
+
+// What a run trains on.
+struct TrainingParts {
+  std::unique_ptr<Dataset> data;
+  std::unique_ptr<DiffusionModel> model;
+};
+// Checks the options and the folder (CheckRun), then opens data and model: all that is quick and
+// can be wrong, to be called before DrawClassPictures. `results` are files that a new run writes;
+// none of them may be there; empty: it writes the model. Errors: ValueError; those of CheckChosen,
+// OpenDataset and MakeModel.
+TrainingParts BeginTraining(const TrainOptions& options, const std::set<std::string>& chosen,
+                            const std::filesystem::path& folder, bool resume,
+                            std::span<const std::filesystem::path> results,
+                            const TrainCallbacks& callbacks);
 
 // The preset of that name, or the diffusers config.json at that path. Errors: ValueError; those of
 // ReadUNetConfig.
@@ -22,7 +54,8 @@ std::unique_ptr<Dataset> OpenClassDataset(const TrainOptions& options, const Dat
                                           const WarningCallback& warn);
 // The model that options.model names, or one with random weights as the options say, its vocabulary
 // made from the captions of the data set and of class_data. An autoencoder and CLIP are frozen:
-// their parameters are not trainable. Errors: those of DiffusionModel::Load and its constructor.
+// their parameters are not trainable. Errors: those of DiffusionModel::Load and its constructor;
+// ValueError for pictures whose side is no multiple of the autoencoder's factor.
 std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dataset& data,
                                           const WarningCallback& warn = {});
 

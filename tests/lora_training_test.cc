@@ -239,6 +239,11 @@ TEST(LoraTrainingTest, FoldersWithOtherFiles) {
   test::WriteText(folder / "killed/lora.json", unknown);
   EXPECT_THAT(MessageOf<FileError>([&] { TrainLora({}, {}, folder / "killed", true); }),
               HasSubstr("lora.json: unknown field 'rnak'"));
+  std::string wrong = test::ReadText(folder / "model/lora.json");
+  wrong.replace(wrong.find("4"), 1, "\"four\"");
+  test::WriteText(folder / "killed/lora.json", wrong);
+  EXPECT_THAT(MessageOf<FileError>([&] { TrainLora({}, {}, folder / "killed", true); }),
+              HasSubstr("lora.json: the field `rank` is \"four\", of the wrong type"));
 }
 
 // ---------------------------------------------------------------- the program
