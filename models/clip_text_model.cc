@@ -143,6 +143,7 @@ CLIPTextModel::CLIPTextModel(const CLIPTextConfig& config) : Layer(kOwner), conf
 void CLIPTextModel::SetClipSkip(int64_t clip_skip) {
   Check(clip_skip >= 0 && clip_skip < config_.num_hidden_layers,
         "{}: clip_skip {} must be in [0, {})", Describe(), clip_skip, config_.num_hidden_layers);
+  if (clip_skip == clip_skip_) return;
   clip_skip_ = clip_skip;
   Changed();
 }

@@ -304,6 +304,12 @@ void CLIPTokenizer::AddToken(const std::string& token, int64_t first_id, int64_t
     added_texts_[static_cast<int32_t>(first_id + i)] = i + 1 == vectors ? token : "";
 }
 
+int64_t CLIPTokenizer::end_of_ids() const {
+  int64_t end = vocab_size();
+  for (const Added& a : added_) end = std::max<int64_t>(end, a.first_id + a.vectors);
+  return end;
+}
+
 void CLIPTokenizer::AppendNormal(std::string_view text, std::vector<int64_t>& ids) const {
   while (!text.empty()) {
     size_t begin = text.size();

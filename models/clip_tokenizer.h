@@ -66,6 +66,8 @@ class CLIPTokenizer {
 
   const CLIPTokenizerConfig& config() const { return config_; }
   int64_t vocab_size() const { return static_cast<int64_t>(ids_.size()); }
+  // The ids of the vocabulary and of added tokens are below this.
+  int64_t end_of_ids() const;
   int64_t bos() const { return bos_; }
   int64_t eos() const { return eos_; }
   int64_t pad() const { return pad_; }

@@ -1,6 +1,7 @@
 #include "pipelines/custom_diffusion.h"
 
 #include <algorithm>
+#include <iterator>
 #include <set>
 #include <system_error>
 
@@ -14,6 +15,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr const char* kTextualInversionFile = "learned_embeds.safetensors";
 constexpr std::string_view kProcessor = ".processor";
 constexpr std::string_view kMark = "_custom_diffusion";
 constexpr std::string_view kOutWeight = "to_out_custom_diffusion.0.weight",
@@ -179,6 +181,32 @@ void SaveWordEmbedding(const fs::path& path, const std::string& word, const Tens
                    {{{word, one ? embedding.Reshape({shape[1]}) : embedding}}, {{"format", "pt"}}});
 }
 
+namespace {
+
+// textual_inversion.py writes its result beside what the word was at earlier steps
+// (learned_embeds-steps-500.safetensors): the result counts. Errors: FileError for another word
+// that is in two files.
+void LeaveFinalWords(std::vector<WordEmbedding>& words) {
+  std::map<std::string, const WordEmbedding*> final, first;
+  for (const WordEmbedding& word : words) {
+    if (word.source.filename() == kTextualInversionFile) final[word.word] = &word;
+  }
+  for (const WordEmbedding& word : words) {
+    const auto [known, is_new] = first.emplace(word.word, &word);
+    Check<FileError>(is_new || final.contains(word.word),
+                     "two files have the word {}: {}, {}; give one of them", Quoted(word.word),
+                     known->second->source.string(), word.source.string());
+  }
+  std::vector<WordEmbedding> kept;
+  std::ranges::copy_if(words, std::back_inserter(kept), [&](const WordEmbedding& word) {
+    auto found = final.find(word.word);
+    return found == final.end() || found->second == &word;
+  });
+  words = std::move(kept);
+}
+
+}  // namespace
+
 CustomDiffusion ReadCustomDiffusion(const fs::path& path) {
   std::error_code error;
   if (!fs::is_directory(path, error)) {
@@ -195,10 +223,14 @@ CustomDiffusion ReadCustomDiffusion(const fs::path& path) {
   }
   Check<FileError>(!error, "{}: cannot be read: {}", path.string(), error.message());
   std::ranges::sort(files);
-  Check<FileError>(pickles.empty() || !files.empty(),
-                   "{}: a pickle, which is not read; save it as safetensors, as "
-                   "train_custom_diffusion.py does without --no_safe_serialization",
-                   pickles.empty() ? "" : pickles[0].string());
+  std::ranges::sort(pickles);
+  for (const fs::path& pickle : pickles) {
+    Check<FileError>(
+        std::ranges::binary_search(files, fs::path(pickle).replace_extension(".safetensors")),
+        "{}: a pickle, which is not read; save it as safetensors, as train_custom_diffusion.py "
+        "does without --no_safe_serialization",
+        pickle.string());
+  }
   Check<FileError>(!files.empty(), "{}: there is neither {} nor the embedding of a word",
                    path.string(), kCustomDiffusionFile);
   for (const fs::path& file : files) {
@@ -210,6 +242,7 @@ CustomDiffusion ReadCustomDiffusion(const fs::path& path) {
       custom.words.push_back(ReadWordEmbedding(file));
     }
   }
+  LeaveFinalWords(custom.words);
   return custom;
 }
 

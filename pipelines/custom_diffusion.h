@@ -60,7 +60,9 @@ struct CustomDiffusion {
   std::vector<WordEmbedding> words;
 };
 // A folder with kCustomDiffusionFile, embeddings of words (every other .safetensors file), or both;
-// or one such file. Errors: FileError naming the file, also for a folder without them.
+// or one such file. Of files with the same word learned_embeds.safetensors counts. Errors:
+// FileError naming the file, also for a folder without them, for two files with the same word, and
+// for a .bin, a pickle, without a .safetensors of that name.
 CustomDiffusion ReadCustomDiffusion(const std::filesystem::path& path);
 // Whether the copies fit; needs no weights. Errors: as LoadCustomDiffusion.
 void CheckCustomDiffusion(const CustomDiffusion& custom, Layer& unet);

@@ -126,9 +126,9 @@ DiffusionModel::DiffusionModel(DiffusionModelConfig config)
   }
   if (clip) {
     Check(tokenizer_ != nullptr, "model: the text encoder needs a tokenizer");
-    Check(tokenizer_->vocab_size() <= config.text_encoder->vocab_size,
+    Check(tokenizer_->end_of_ids() <= config.text_encoder->vocab_size,
           "model: the tokenizer has {} tokens, the text encoder's vocab_size is {}",
-          tokenizer_->vocab_size(), config.text_encoder->vocab_size);
+          tokenizer_->end_of_ids(), config.text_encoder->vocab_size);
     Check(tokenizer_->config().model_max_length <= config.text_encoder->max_position_embeddings,
           "model: the tokenizer's model_max_length is {}, the text encoder's "
           "max_position_embeddings {}",

@@ -251,6 +251,7 @@ MergedLora MergeLora(const LoraModel& model, std::span<const WeightedLora> loras
     for (size_t i = 0; i < sum.size(); ++i)
       values[i] = static_cast<float>(double{values[i]} + sum[i]);
     if (merged.kept_) merged.originals_.back().merged = Hash(weight->value());
+    ++merged.weights_;
   }
   return merged;
 }
@@ -264,6 +265,7 @@ void MergedLora::Unmerge() {
   }
   for (Original& original : originals_) original.parameter->Write().CopyFrom(original.value);
   originals_.clear();
+  weights_ = 0;
 }
 
 // ---------------------------------------------------------------- attached

@@ -89,7 +89,8 @@ class MergedLora {
   // Errors: ValueError if a weight is not what the merge made of it, or nothing was kept; nothing
   // is changed then. A second call does nothing.
   void Unmerge();
-  size_t weights() const { return originals_.size(); }
+  // That are merged now.
+  size_t weights() const { return weights_; }
   const std::vector<LoraReport>& reports() const { return reports_; }  // one for each file
 
  private:
@@ -100,6 +101,7 @@ class MergedLora {
     uint64_t merged;  // hash of the merged value
   };
   bool kept_ = true;
+  size_t weights_ = 0;
   std::vector<Original> originals_;
   std::vector<LoraReport> reports_;
 };

@@ -15,6 +15,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
+constexpr const char* kAddedTokens = "added_tokens.json";
 constexpr std::string_view kDiffusers = "diffusion_pytorch_model", kTransformers = "model";
 constexpr uint64_t kMaxText = 1 << 26;  // of configs, indices and vocabularies
 
@@ -120,6 +121,97 @@ std::pair<std::string, std::string> VocabularyOfFastTokenizer(const std::string&
   return {vocabulary->dump(), lines};
 }
 
+// The words that tokenizer files name beyond the vocabulary, by id.
+class AddedWords {
+ public:
+  explicit AddedWords(const CLIPTokenizer& tokenizer) : tokenizer_(tokenizer) {}
+
+  // added_tokens.json: {"<cat>": 49408}.
+  void TakeList(const nlohmann::json& list) {
+    Check(list.is_object(), "not an object of words and ids");
+    for (const auto& [word, id] : list.items()) Take(id, word);
+  }
+  // added_tokens of tokenizer.json, and added_tokens_decoder of tokenizer_config.json by id.
+  void TakeDescribed(const nlohmann::json& list) {
+    for (const auto& [key, token] : list.items()) {
+      Check(token.is_object() && token.contains("content") && token["content"].is_string(),
+            "the added token {} has no string `content`", key);
+      nlohmann::json id = list.is_object() ? nlohmann::json::parse(key, nullptr, false)
+                                           : token.value("id", nlohmann::json());
+      const std::string word = token["content"];
+      if (!Take(id, word)) continue;
+      // Of the vocabulary's own tokens the special ones are read otherwise, whatever is said here.
+      for (auto [field, only] : {std::pair{"lstrip", false},
+                                 {"rstrip", false},
+                                 {"single_word", false},
+                                 {"special", false},
+                                 {"normalized", true}}) {
+        const nlohmann::json value = token.value(field, nlohmann::json(only));
+        Check<UnsupportedError>(value == only, "the added token {} has {} {}, only {} is supported",
+                                Quoted(word), field, value.dump(), only);
+      }
+    }
+  }
+  void AddTo(CLIPTokenizer& tokenizer) const {
+    for (auto it = words_.begin(); it != words_.end();) {
+      const auto& [first, word] = *it;
+      Check(first == tokenizer.end_of_ids(), "the added token {} has the id {}, expected {}",
+            Quoted(word), first, tokenizer.end_of_ids());
+      int64_t vectors = 1;
+      while (++it != words_.end() && it->first == first + vectors &&
+             it->second == fmt::format("{}_{}", word, vectors)) {
+        ++vectors;
+      }
+      tokenizer.AddToken(word, first, vectors);
+    }
+  }
+
+ private:
+  // Returns whether the word is one beyond the vocabulary.
+  bool Take(const nlohmann::json& id, const std::string& word) {
+    Check(id.is_number_integer() && id.get<int64_t>() >= 0,
+          "the id of the added token {} is {}, expected a non-negative integer", Quoted(word),
+          id.dump());
+    const auto number = id.get<int64_t>();
+    if (number < tokenizer_.vocab_size()) {
+      Check(tokenizer_.IdOf(word) == number,
+            "the added token {} has the id {}, in the vocabulary {}", Quoted(word), number,
+            tokenizer_.IdOf(word));
+      return false;
+    }
+    const std::string& known = words_.emplace(number, word).first->second;
+    Check(known == word, "the id {} is that of two added tokens, {} and {}", number, Quoted(known),
+          Quoted(word));
+    return true;
+  }
+
+  const CLIPTokenizer& tokenizer_;
+  std::map<int64_t, std::string> words_;
+};
+
+// Adds the words beyond the vocabulary.
+void AddListedWords(const std::map<std::string, std::string>& files, const fs::path& folder,
+                    CLIPTokenizer& tokenizer) {
+  AddedWords words(tokenizer);
+  auto take = [&](const char* name, const auto& from) {
+    auto found = files.find(name);
+    if (found == files.end()) return;
+    InFile(folder / name, [&] {
+      auto document = nlohmann::json::parse(found->second, nullptr, /*allow_exceptions=*/false);
+      Check(document.is_object(), "no JSON object");
+      from(document);
+    });
+  };
+  take("tokenizer.json", [&](const nlohmann::json& document) {
+    words.TakeDescribed(document.value("added_tokens", nlohmann::json::array()));
+  });
+  take("tokenizer_config.json", [&](const nlohmann::json& document) {
+    words.TakeDescribed(document.value("added_tokens_decoder", nlohmann::json::object()));
+  });
+  take(kAddedTokens, [&](const nlohmann::json& document) { words.TakeList(document); });
+  InFile(folder, [&] { words.AddTo(tokenizer); });
+}
+
 TensorFile ReadModel(const fs::path& folder, std::string_view stem, Weights weights) {
   fs::path index = WeightsFile(folder, stem);
   if (index.extension() != ".json") {
@@ -214,7 +306,7 @@ std::map<std::string, std::string> ReadTokenizerFiles(const fs::path& folder) {
   } else {
     read("vocab.json"), read("merges.txt");
   }
-  for (const char* name : {"tokenizer_config.json", "special_tokens_map.json"}) {
+  for (const char* name : {"tokenizer_config.json", "special_tokens_map.json", kAddedTokens}) {
     if (fs::exists(folder / name)) read(name);
   }
   return files;
@@ -227,15 +319,20 @@ CLIPTokenizer MakeCLIPTokenizer(const std::map<std::string, std::string>& files,
     config =
         InFile(folder / found->first, [&] { return CLIPTokenizerConfig::FromJson(found->second); });
   }
-  if (auto found = files.find("tokenizer.json"); found != files.end()) {
-    return InFile(folder / found->first, [&] {
-      auto [vocabulary, merges] = VocabularyOfFastTokenizer(found->second);
-      return CLIPTokenizer(vocabulary, merges, config);
+  auto make = [&] {
+    if (auto found = files.find("tokenizer.json"); found != files.end()) {
+      return InFile(folder / found->first, [&] {
+        auto [vocabulary, merges] = VocabularyOfFastTokenizer(found->second);
+        return CLIPTokenizer(vocabulary, merges, config);
+      });
+    }
+    return InFile(folder, [&] {
+      return CLIPTokenizer(files.at("vocab.json"), files.at("merges.txt"), config);
     });
-  }
-  return InFile(folder, [&] {
-    return CLIPTokenizer(files.at("vocab.json"), files.at("merges.txt"), config);
-  });
+  };
+  CLIPTokenizer tokenizer = make();
+  AddListedWords(files, folder, tokenizer);
+  return tokenizer;
 }
 
 const char* ClassOfTokenizer(const std::map<std::string, std::string>& files) {

@@ -27,7 +27,9 @@ std::unique_ptr<AutoencoderKL> LoadAutoencoderKL(const std::filesystem::path& fo
 // Also files without the prefix "text_model." (CLIPTextModel::CurrentNames).
 std::unique_ptr<CLIPTextModel> LoadCLIPTextModel(const std::filesystem::path& folder);
 // vocab.json and merges.txt, or the tokenizer.json that transformers writes from version 5 on; and,
-// if it is there, tokenizer_config.json.
+// if they are there, tokenizer_config.json and added_tokens.json. Words that were added to the
+// vocabulary, as by textual_inversion.py, follow it in the order of their ids; WORD, WORD_1,
+// WORD_2 in a row are, as for diffusers, one word of three vectors.
 std::unique_ptr<CLIPTokenizer> LoadCLIPTokenizer(const std::filesystem::path& folder);
 
 // Its files as they are, name -> content, for writing them again.

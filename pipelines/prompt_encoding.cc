@@ -74,13 +74,20 @@ PromptEncoder MakePromptEncoder(TextToImagePipeline& pipeline, int64_t clip_skip
     // A vocabulary without a comma gives its unknown token, which decodes to nothing.
     std::vector<int64_t> comma = tokenizer->Tokenize(",");
     if (comma.size() == 1 && tokenizer->Decode(comma).starts_with(',')) encoder.comma = comma[0];
-    encoder.tokenize = [tokenizer](std::string_view text) { return tokenizer->Tokenize(text); };
+    // Not this tokenizer: AddToken gives the model another one.
+    encoder.tokenize = [&model](std::string_view text) {
+      return model.tokenizer()->Tokenize(text);
+    };
     // Few prompts need a mask, so that graph is interpreted.
-    auto masked = std::make_shared<std::unique_ptr<GraphRunner>>();
+    struct Masked {
+      std::unique_ptr<GraphRunner> runner;
+      uint64_t revision = 0;  // of CLIP
+    };
+    auto masked = std::make_shared<Masked>();
     encoder.encode = [=, clip = model.text_encoder(), &model](const Tensor& ids,
                                                               const Tensor& mask) {
       if (!mask.defined()) return encode(ids);
-      if (!*masked) {
+      if (!masked->runner || masked->revision != clip->Revision()) {
         model.SetTrainingMode(false);
         int64_t before = clip->clip_skip();
         clip->SetClipSkip(clip_skip);
@@ -88,9 +95,10 @@ PromptEncoder MakePromptEncoder(TextToImagePipeline& pipeline, int64_t clip_skip
         Value tokens = graph.Input("tokens", ids.type()), seen = graph.Input("mask", mask.type());
         graph.Output("context", clip->Call({tokens, seen}));
         clip->SetClipSkip(before);
-        *masked = std::make_unique<GraphRunner>(std::move(graph), Backend::kEager);
+        masked->runner = std::make_unique<GraphRunner>(std::move(graph), Backend::kEager);
+        masked->revision = clip->Revision();
       }
-      return (*masked)->Run(std::vector{ids, mask})[0];
+      return masked->runner->Run(std::vector{ids, mask})[0];
     };
     return encoder;
   }
@@ -340,6 +348,7 @@ class Encodings {
     for (const auto& [text, tensor] : known_) longest = std::max(longest, tensor.shape()[0]);
     return longest;
   }
+  // Nothing can be added after this: what encodes, which may hold CLIP's weights, is let go.
   void Fill(int64_t length) {
     Tensor empty;
     for (auto& [text, tensor] : known_) {
@@ -349,6 +358,7 @@ class Encodings {
       for (int64_t t = tensor.shape()[0]; t < length; t += empty.shape()[0]) parts.push_back(empty);
       tensor = StackRows(parts);
     }
+    encode_ = nullptr;
   }
   const Tensor& At(const std::string& text) const { return known_.at(text); }
 

@@ -203,11 +203,10 @@ std::unique_ptr<TextToImagePipeline> TextToImagePipeline::Open(
 }
 
 void TextToImagePipeline::LeaveOnly(const Layer& part) {
-  if (&part != &model_.unet()) ClearUNets();
-  if (&part != model_.vae()) decoders_.clear(), picture_encoders_.clear();
-  if (&part == &model_.unet() || &part == model_.vae()) encoders_.clear();
   for (const auto& other : model_.layers()) {
-    if (other.get() != &part) other->ReleaseParameters();
+    if (other.get() == &part) continue;
+    Clear(*other);
+    other->ReleaseParameters();
   }
 #if defined(__GLIBC__)
   malloc_trim(0);  // what was freed between blocks in use goes back to the system
@@ -219,6 +218,7 @@ GraphRunner& TextToImagePipeline::Runner(Layer& part,
                                          std::map<Key, std::unique_ptr<GraphRunner>>& runners,
                                          const Key& key, size_t most, const Make& make,
                                          const jit::CompileOptions& compile) {
+  ClearIfChanged(part);
   auto found = runners.find(key);
   if (found != runners.end()) return *found->second;
   if (runners.size() >= most) runners.erase(runners.begin());
@@ -232,11 +232,13 @@ GraphRunner& TextToImagePipeline::Runner(Layer& part,
   }
   auto runner = std::make_unique<GraphRunner>(make(), backend_, compile);
   compile_seconds_ += runner->compile_seconds();
+  revisions_[&part] = part.Revision();  // now: making a graph can change a part and change it back
   return *(runners[key] = std::move(runner));
 }
 
 GraphRunner& TextToImagePipeline::UNet(const UNetShape& shape, const PictureBatch& batch,
                                        const GenerateHooks& hooks) {
+  ClearIfChanged(model_.unet());
   DenoiseBuilder denoise;
   if (hooks.denoise) {
     denoise = [&](ComputationGraph& graph, Value sample, Value timestep, Value context) {
@@ -266,6 +268,23 @@ GraphRunner& TextToImagePipeline::UNet(const UNetShape& shape, const PictureBatc
 void TextToImagePipeline::ClearUNets() {
   context_runs_ = context_runs();
   unets_.clear();
+}
+
+void TextToImagePipeline::Clear(const Layer& part) {
+  if (&part == &model_.unet()) {
+    ClearUNets();
+  } else if (&part == model_.vae()) {
+    decoders_.clear(), picture_encoders_.clear();
+  } else {
+    encoders_.clear();
+  }
+}
+
+void TextToImagePipeline::ClearIfChanged(const Layer& part) {
+  auto known = revisions_.find(&part);
+  if (known == revisions_.end() || known->second == part.Revision()) return;
+  Clear(part);
+  revisions_.erase(known);
 }
 
 Tensor TextToImagePipeline::Encode(const Tensor& tokens, int64_t clip_skip) {

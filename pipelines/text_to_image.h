@@ -105,8 +105,9 @@ struct GenerateCallbacks {
 
 class TextToImagePipeline {
  public:
-  // Keeps a reference to the model; weights changed later are seen by later calls. `compile` has no
-  // effect on kEager; its rare_inputs are the pipeline's own.
+  // Keeps a reference to the model; weights changed later are seen by later calls, and so is what
+  // else is done to it (words, LoRAs, attention processors, tiling): graphs and code of the part
+  // are then made again. `compile` has no effect on kEager; its rare_inputs are the pipeline's own.
   TextToImagePipeline(DiffusionModel& model, Backend backend,
                       const jit::CompileOptions& compile = {});
   // A pipeline with the model of a folder. Errors: those of DiffusionModel::Load.
@@ -157,6 +158,9 @@ class TextToImagePipeline {
                       const Key& key, size_t most, const Make& make,
                       const jit::CompileOptions& compile);
   void ClearUNets();
+  // Lets go of what was made of a part: always, or if the part has changed since.
+  void Clear(const Layer& part);
+  void ClearIfChanged(const Layer& part);
   // Of a pipeline that was opened: lets go of all that is there for other parts than this one.
   void LeaveOnly(const Layer& part);
 
@@ -174,6 +178,7 @@ class TextToImagePipeline {
   // By height and width of the latents.
   std::map<Sides, std::unique_ptr<GraphRunner>> decoders_, picture_encoders_;
   std::map<std::pair<UNetShape, std::string>, std::unique_ptr<GraphRunner>> unets_;
+  std::map<const Layer*, uint64_t> revisions_;  // of the parts that these were made of
 };
 
 // The options with the model's values in place of empty ones.

@@ -13,6 +13,9 @@
 #include "pipelines/custom_diffusion.h"
 #include "pipelines/custom_diffusion_dataset.h"
 #include "pipelines/custom_diffusion_training.h"
+#include "pipelines/lora_training.h"
+#include "pipelines/rows.h"
+#include "pipelines/text_to_image.h"
 #include "pipelines/training_graph.h"
 #include "pipelines/training_setup.h"
 #include "tests/expect_error.h"
@@ -28,6 +31,7 @@ namespace {
 
 using namespace test;
 namespace fs = std::filesystem;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
@@ -185,6 +189,121 @@ TEST(ModifierTokenTest, EmbeddingsAreReadInTheirPlace) {
               HasSubstr("already has"));
   EXPECT_THROW(model->AddToken("<c>", Tensor::Zeros({1, 9})), ShapeError);
   EXPECT_EQ(model->text_encoder()->added_tokens().size(), 2u);
+}
+
+// textual_inversion.py saves words in the vocabulary itself: rows of the embedding behind it, and
+// their names in added_tokens.json.
+TEST(ModifierTokenTest, WordsOfTheFolder) {
+  TempFolder folder;
+  auto model = TinyStableDiffusion();
+  model->Save(folder / "model");
+  const Tensor words = Random(2).NormalTensor({3, 8});
+  const fs::path weights = folder / "model/text_encoder/model.safetensors",
+                 config = folder / "model/text_encoder/config.json",
+                 list = folder / "model/tokenizer/added_tokens.json",
+                 described = folder / "model/tokenizer/tokenizer_config.json";
+  TensorFile file = ReadSafetensors(weights);
+  Tensor& table = file.tensors.at("text_model.embeddings.token_embedding.weight");
+  Tensor longer({517, 8});
+  std::copy_n(words.data(), 24, std::copy_n(table.data(), 514 * 8, longer.data()));
+  table = longer;
+  WriteSafetensors(weights, file);
+  std::string text = ReadText(config);
+  text.replace(text.find("514"), 3, "517");
+  WriteText(config, text);
+  WriteText(list, R"({"<dog>": 516, "<cat>": 514, "<cat>_1": 515})");
+
+  model->AddToken("<cat>", Rows(words, 0, 2));
+  model->AddToken("<dog>", Rows(words, 2, 3));
+  model->SetTrainingMode(false);
+  auto loaded = DiffusionModel::Load(folder / "model");
+  auto context = [](DiffusionModel& of, const std::string& prompt) {
+    return of.text_encoder()->Forward(of.Tokens(std::vector{prompt}, {}));
+  };
+  const Tensor expected = context(*model, "a <cat> <DOG>");
+  EXPECT_TRUE(SameBits(context(*loaded, "a <cat> <DOG>"), expected));
+  loaded->AddToken("<more>", Rows(words, 0, 1));
+  EXPECT_EQ(loaded->tokenizer()->Tokenize("<more>"), std::vector<int64_t>{517});
+  loaded->Save(folder / "again");
+  EXPECT_TRUE(
+      SameBits(context(*DiffusionModel::Load(folder / "again"), "a <cat> <DOG>"), expected));
+
+  // The other files that list them.
+  const std::string plain = ReadText(described);
+  auto tokenizer = [&] { return LoadCLIPTokenizer(folder / "model/tokenizer"); };
+  auto error = [&] { return MessageOf<Error>([&] { tokenizer(); }); };
+  auto describe = [&](const std::string& more) {
+    WriteText(described, R"({"model_max_length": 16, "added_tokens_decoder": {"513": {"content":
+      "<|endoftext|>", "special": true, "normalized": false}, "514": {"content": "<cat>")" +
+                             more + "}}}");
+  };
+  fs::remove(list);
+  EXPECT_EQ(tokenizer()->end_of_ids(), 514);
+  describe(R"(, "special": false, "normalized": true, "lstrip": false)");
+  EXPECT_EQ(tokenizer()->Tokenize("<cat>"), std::vector<int64_t>{514});
+  describe(R"(, "single_word": true)");
+  EXPECT_THAT(error(), AllOf(HasSubstr("tokenizer_config.json"), HasSubstr("single_word true")));
+  describe("");
+  WriteText(list, R"({"<dog>": 514})");
+  EXPECT_THAT(error(), HasSubstr("514 is that of two added tokens, '<cat>' and '<dog>'"));
+  WriteText(described, plain);
+  WriteText(list, R"({"<dog>": 515})");
+  EXPECT_THAT(error(), HasSubstr("'<dog>' has the id 515, expected 514"));
+  WriteText(list, R"({"a": 514})");
+  EXPECT_THAT(error(), HasSubstr("already has the token 'a'"));
+  WriteText(list, R"({"<|endoftext|>": 3})");
+  EXPECT_THAT(error(), HasSubstr("has the id 3, in the vocabulary 513"));
+  WriteText(list, R"({"<dog>": "x"})");
+  EXPECT_THAT(error(), HasSubstr("added_tokens.json: the id of the added token '<dog>'"));
+  // More words than rows.
+  WriteText(list, R"({"<a>": 514, "<b>": 515, "<c>": 516, "<d>": 517})");
+  EXPECT_THAT(MessageOf<Error>([&] { DiffusionModel::Load(folder / "model"); }),
+              HasSubstr("the tokenizer has 518 tokens"));
+}
+
+// A pipeline that has drawn draws with what the model has become.
+TEST(ModifierTokenTest, APipelineSeesWordsCopiesAndTermsThatComeLater) {
+  auto model = TinyStableDiffusion();
+  GenerateOptions options;
+  options.prompts = {"a <new1> cat"};
+  options.seeds = {1};
+  options.steps = 2;
+  options.guidance_scale = 1;
+  for (Backend backend : {Backend::kEager, Backend::kJit}) {
+    model = TinyStableDiffusion();
+    TextToImagePipeline pipeline(*model, backend);
+    std::vector<Tensor> pictures;
+    auto check = [&] {  // against one that has drawn nothing before
+      TextToImagePipeline fresh(*model, backend);
+      EXPECT_TRUE(SameBits(pictures.back(), fresh.Generate(options)));
+    };
+    auto draw = [&] {
+      pictures.push_back(pipeline.Generate(options));
+      if (backend == Backend::kEager) check();  // compiling takes longer
+    };
+    draw();
+    model->AddToken("<new1>", Random(4).NormalTensor({1, 8}));
+    draw();
+    AddCustomDiffusion(model->unet(), "crossattn");
+    for (const ParameterPtr& p : CustomDiffusionParameters(model->unet()))
+      for (float& x : p->Write().values()) x += 0.5f;
+    draw();
+    const LoraModel target = LoraModelOf(*model);
+    AddLora(target, {.rank = 2, .targets = {"conv1"}});
+    for (const ParameterPtr& p : LoraParameters(target))
+      for (float& x : p->Write().values()) x += 0.5f;
+    draw();
+    model->vae()->SetTiling(VaeTiling{.sample_size = 8});
+    draw();
+    for (size_t i = 0; i < pictures.size(); ++i) {
+      for (size_t j = 0; j < i; ++j) EXPECT_FALSE(SameBits(pictures[i], pictures[j])) << i << j;
+    }
+    check();
+    // Nothing has changed: nothing is compiled.
+    const double seconds = pipeline.compile_seconds();
+    pipeline.Generate(options);
+    EXPECT_EQ(pipeline.compile_seconds(), seconds);
+  }
 }
 
 // ---------------------------------------------------------------- data
@@ -449,6 +568,81 @@ TEST_F(CustomDiffusionTrainingTest, RateAndClassPictures) {
   Train("again");
   EXPECT_EQ(ReadText(folder_ / "drawn/class-00000001.png"), one);
   EXPECT_EQ(LossesOf("again"), LossesOf("prior"));
+  // What is no picture that can be read does not count.
+  WriteText(folder_ / "drawn/.hidden.png", one);
+  WriteText(folder_ / "drawn/damaged.png", "x");
+  fs::create_directories(folder_ / "drawn/folder.png");
+  fs::remove(folder_ / "drawn/class-00000001.png");
+  std::string messages;
+  const TrainCallbacks listen{.progress = {},
+                              .message = [&](const std::string& text) { messages += text + "\n"; },
+                              .cancelled = {}};
+  TrainCustomDiffusion(custom_, options_, folder_ / "more", false, {}, listen);
+  EXPECT_EQ(ReadText(folder_ / "drawn/class-00000001.png"), one);
+  EXPECT_THAT(messages, HasSubstr("damaged.png"));
+  EXPECT_THAT(messages, HasSubstr("drawing 1 pictures"));
+}
+
+// A picture takes minutes: what would be an error afterwards is one before, and a stop is heard
+// between two calls of the U-Net.
+TEST_F(CustomDiffusionTrainingTest, ClassPicturesComeBehindTheChecks) {
+  options_.class_data = folder_ / "drawn";
+  options_.class_prompt = "cat";
+  options_.num_class_images = 1000;  // hours
+  const TrainOptions good = options_;
+  WriteText(folder_ / "taken/train.json", "{}");
+  EXPECT_THAT(MessageOf<ValueError>([&] { Train("taken"); }), HasSubstr("already holds a run"));
+  EXPECT_THAT(MessageOf<ValueError>([&] { TrainLora({}, options_, folder_ / "taken"); }),
+              HasSubstr("already holds a run"));
+  EXPECT_THAT(MessageOf<ValueError>([&] { TrainLora({.targets = "x"}, options_, folder_ / "a"); }),
+              HasSubstr("'x'"));
+  auto begin = [&] { BeginTraining(options_, {}, folder_ / "model", false, {}, {}); };
+  EXPECT_THAT(MessageOf<ValueError>(begin), HasSubstr("holds a model"));
+  custom_.modifier_token = "a";
+  EXPECT_THAT(ErrorOf(), HasSubstr("already has the token 'a'"));
+  custom_.modifier_token = "<new2>";
+  EXPECT_THAT(ErrorOf(), HasSubstr("no caption has the modifier token"));
+  custom_.modifier_token = "<new1>";
+  options_.resolution = 21;
+  EXPECT_THAT(ErrorOf(), HasSubstr("21 pixels a side, expected a multiple of 2"));
+  options_ = good;
+  options_.lr_scheduler = "piecewise_constant";
+  options_.lr_step_rules = "1:x";
+  EXPECT_THAT(ErrorOf(), HasSubstr("step_rules"));
+  options_ = good;
+  options_.data = folder_ / "nothing";
+  EXPECT_THROW(Train("bad"), FileError);
+  fs::create_directories(folder_ / "empty");
+  options_.data = folder_ / "empty";
+  EXPECT_THAT(MessageOf<FileError>([&] { Train("bad"); }),
+              HasSubstr("there are no .png, .jpg or .jpeg files"));
+  EXPECT_FALSE(fs::exists(folder_ / "drawn"));
+
+  options_ = good;
+  int asked = 0;
+  const TrainCallbacks stop{
+      .progress = {}, .message = {}, .cancelled = [&] { return ++asked > 3; }};
+  EXPECT_THAT(MessageOf<CancelledError>([&] {
+                TrainCustomDiffusion(custom_, options_, folder_ / "bad", false, {}, stop);
+              }),
+              HasSubstr("stopped after 0 of 1000"));
+  EXPECT_EQ(asked, 4);
+  EXPECT_FALSE(fs::exists(folder_ / "bad"));
+}
+
+TEST_F(CustomDiffusionTrainingTest, ARunIsContinuedByItsOwnCommand) {
+  options_.max_train_steps = 1;
+  Train("run");
+  EXPECT_THAT(MessageOf<ValueError>([&] { TrainLora({}, {}, folder_ / "run", true); }),
+              HasSubstr("holds a run of `train custom-diffusion`"));
+  EXPECT_THAT(MessageOf<ValueError>([&] { CheckResumes(kTrain, folder_ / "run"); }),
+              HasSubstr("calotype train custom-diffusion --out"));
+  fs::remove(folder_ / "run/custom_diffusion.json");
+  CheckResumes(kTrain, folder_ / "run");
+  EXPECT_THAT(MessageOf<ValueError>([&] { TrainCustomDiffusion({}, {}, folder_ / "run", true); }),
+              HasSubstr("holds a run of `train`,"));
+  EXPECT_THAT(MessageOf<FileError>([&] { TrainLora({}, {}, folder_ / "none", true); }),
+              HasSubstr("there is no run to resume"));
 }
 
 // Dreambooth of the whole U-Net, and of CLIP with it.
@@ -538,6 +732,24 @@ TEST_F(CustomDiffusionTrainingTest, WrongFiles) {
   EXPECT_THAT(error(folder_ / "cat"), HasSubstr("there is neither"));
   WriteText(folder_ / "pickled/<new1>.bin", "x");
   EXPECT_THAT(error(folder_ / "pickled"), HasSubstr("a pickle"));
+  // Also beside files that are read, unless one of them is the same.
+  SaveWordEmbedding(folder_ / "pickled/<new2>.safetensors", "<new2>", Tensor::Zeros({1, 8}));
+  EXPECT_THAT(error(folder_ / "pickled"), HasSubstr("<new1>.bin: a pickle"));
+  SaveWordEmbedding(folder_ / "pickled/<new1>.safetensors", "<new1>", Tensor::Zeros({1, 8}));
+  EXPECT_EQ(ReadCustomDiffusion(folder_ / "pickled").words.size(), 2u);
+  fs::create_directories(folder_ / "steps");
+  // One word in two files, as textual_inversion.py leaves them.
+  SaveWordEmbedding(folder_ / "steps/learned_embeds-steps-5.safetensors", "<x>",
+                    Tensor::Full({1, 8}, 5));
+  SaveWordEmbedding(folder_ / "steps/learned_embeds-steps-9.safetensors", "<x>",
+                    Tensor::Full({1, 8}, 9));
+  EXPECT_THAT(error(folder_ / "steps"),
+              AllOf(HasSubstr("two files have the word '<x>': "),
+                    HasSubstr("steps-5.safetensors, "), HasSubstr("steps-9.safetensors; give")));
+  SaveWordEmbedding(folder_ / "steps/learned_embeds.safetensors", "<x>", Tensor::Full({1, 8}, 10));
+  CustomDiffusion final = ReadCustomDiffusion(folder_ / "steps");
+  ASSERT_EQ(final.words.size(), 1u);
+  EXPECT_EQ(final.words[0].embeddings.data()[0], 10);
   fs::create_directories(folder_ / "words");
   const fs::path file = folder_ / "words/<x>.safetensors";
   WriteSafetensors(file, {{{"<x>", Tensor::Zeros({8})}, {"<y>", Tensor::Zeros({8})}}, {}});

@@ -457,6 +457,7 @@ TEST(LoraTest, MergesIntoOnePart) {
       MergeLora(m.model(), {&lora, 1}, {.only = m.text.get(), .keep_originals = false});
   EXPECT_THAT(MessageOf<ValueError>([&] { merged.Unmerge(); }), HasSubstr("not kept"));
   EXPECT_EQ(versions(), before);
+  EXPECT_GT(merged.weights(), 0u);
   MergeLora(m.model(), {&lora, 1}, {.only = m.unet.get(), .keep_originals = false});
   m.ExpectGolden("full");
 }

@@ -507,5 +507,46 @@ TEST(ClipContextTest, ShorterEmbeddingsAreFollowedByThatOfNoText) {
   }
 }
 
+// Of an opened pipeline one part is in memory at a time: once all is encoded, CLIP is not, even
+// though a mask (of a word below 1) had it compute in a graph of its own.
+TEST(ClipContextTest, ClipIsLetGoBeforeTheUNetSamples) {
+  SetThreads(1);
+  test::TempFolder folder;
+  test::TinyStableDiffusion()->Save(folder / "model");
+  auto pipeline = TextToImagePipeline::Open(folder / "model", Backend::kEager);
+  GenerateOptions options{.prompts = {"a (b)0.5"}, .seeds = {3}, .steps = 2};
+  options.context = PromptContexts(*pipeline, options, PromptSyntax::kCompel);
+  const std::weak_ptr<Parameter> weight =
+      pipeline->model().text_encoder()->NamedParameters().front();
+  EXPECT_FALSE(weight.expired());
+  int steps = 0;
+  options.hooks.after_step = [&](const PictureBatch&, int64_t, const Tensor& sample) {
+    ++steps;
+    EXPECT_TRUE(weight.expired());
+    return sample;
+  };
+  pipeline->Generate(options);
+  EXPECT_EQ(steps, 2);
+}
+
+// A word that comes after the encoder was made.
+TEST(ClipContextTest, AnEncoderReadsLaterWords) {
+  auto model = test::TinyStableDiffusion();
+  TextToImagePipeline pipeline(*model, Backend::kEager);
+  PromptEncoder encoder = MakePromptEncoder(pipeline, 0);
+  const Tensor all = Tensor::Full({1, 16}, 1);
+  auto encode = [&](const std::string& text) {
+    const Tensor ids = model->Tokens(std::vector{text}, {});
+    const Tensor plain = encoder.encode(ids, {}), masked = encoder.encode(ids, all);
+    EXPECT_LT(Difference(plain, masked), 1e-5);
+    return plain;
+  };
+  const Tensor before = encode("a <new1>");
+  EXPECT_GT(encoder.tokenize("<new1>").size(), 1u);
+  model->AddToken("<new1>", Tensor::Full({1, 8}, 1));
+  EXPECT_EQ(encoder.tokenize("<new1>"), std::vector<int64_t>{514});
+  EXPECT_GT(Difference(encode("a <new1>"), before), 1e-3);
+}
+
 }  // namespace
 }  // namespace calotype
