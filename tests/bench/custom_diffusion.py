@@ -9,11 +9,12 @@ Never needed to build or test. In a throw-away environment:
 --model is a folder of Stable Diffusion; without one tests/fixtures/stable_diffusion/model is taken. Trains a word and the
 cross-attention for a few steps on random pictures, loads both into diffusers (load_attn_procs, load_textual_inversion)
 and compares the pictures of one seed; then diffusers writes weights of its own (save_attn_procs) and Calotype reads
-them.
+them. Exits with 1 if pictures differ by more than 1 of 255, or if the files change too little to tell.
 """
 import argparse
 import pathlib
 import subprocess
+import sys
 import tempfile
 
 import numpy
@@ -24,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"
+NOTHING = "nothing loaded"
 PROMPT = "a photo of a <new1> cat"
 
 
@@ -57,13 +59,18 @@ def main():
                  "torch", "--winograd", "off", "--out", out, *more)
         return numpy.asarray(Image.open(out)).astype(numpy.float32)
 
+    failures = []
+
     def compare(what, picture, reference, base):
         reference = (reference * 255).round()
-        print(f"{what}: largest difference {numpy.abs(picture - reference).max():.0f} of 255; "
-              f"without the files it would be {numpy.abs((base * 255).round() - reference).max():.0f}")
+        difference = numpy.abs(picture - reference).max()
+        without = numpy.abs((base * 255).round() - reference).max()
+        print(f"{what}: largest difference {difference:.0f} of 255; without the files it would be {without:.0f}")
+        if difference > 1 or (what != NOTHING and without < 10):
+            failures.append(what)
 
     base = theirs(pipeline())
-    compare("nothing loaded", ours(), base, base)
+    compare(NOTHING, ours(), base, base)
 
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
@@ -97,6 +104,8 @@ def main():
     pipe.load_textual_inversion(saved, weight_name="<new1>.safetensors")
     print(f"diffusers wrote {len(load_file(saved / WEIGHTS))} tensors, Calotype {len(load_file(run / WEIGHTS))}")
     compare("diffusers' files in Calotype", ours("--custom-diffusion", saved), theirs(pipe), base)
+    if failures:
+        sys.exit("FAILED: " + "; ".join(failures))
 
 
 if __name__ == "__main__":

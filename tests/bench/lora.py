@@ -92,7 +92,8 @@ def speed(args, folder):
                          "--cache-latents", "--sample-steps", 0,
                          *(["--gradient-checkpointing"] if checkpointing else [])])
         steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        rows.append(("Calotype", [step["seconds"] for step in steps if "loss" in step], memory))
+        since_start = [0, *(step["seconds"] for step in steps if "loss" in step)]
+        rows.append(("Calotype", [b - a for a, b in zip(since_start, since_start[1:])], memory))
         for who, times, memory in rows:
             print(f"{args.speed} pixels, checkpointing {'on ' if checkpointing else 'off'}: {who:14} "
                   f"{min(times):6.2f} s a step (first {times[0]:.2f}), {1e-9 * memory:.2f} GB", flush=True)
