@@ -116,6 +116,7 @@ std::vector<int64_t> Lowering::StridesAlong(const LoopOperand& operand,
                                             const AtomAxis& along) const {
   std::vector<int64_t> strides(along.size(), 0);
   for (auto [atom, stride] : groups_.atoms.Strides(operand.axes, operand.view)) {
+    if (stride == 0) continue;  // the same element wherever this atom is
     auto it = std::find(along.begin(), along.end(), atom);
     Check<InternalError>(it != along.end(), "lowering: operand {} leaves its loops",
                          operand.view.ToString());

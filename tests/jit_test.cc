@@ -296,6 +296,24 @@ TEST(Convolution, WinogradMatchesFloat64) {
   }
 }
 
+// Its turned copy has no place for the batch.
+TEST(Convolution, AnEpilogueOperandThatTheBatchSharesIsTurned) {
+  ComputationGraph graph;
+  Value x = graph.Input("x", {2, 40, 16, 28});
+  Value w = graph.ParameterLeaf(MakeParameter("w", {72, 40, 3, 3}));
+  Value bias = graph.ParameterLeaf(MakeParameter("bias", {72}));
+  Value shared = graph.Input("shared", {1, 72, 16, 28});
+  graph.Output("y", Conv2d(x, w, bias, Conv2dOptions::Padded(1, 1)) + shared);
+  std::vector<Tensor> inputs = Randoms(graph);
+  Tensor reference = Interpreter(graph).RunReference(inputs)[0];
+  for (int64_t winograd_bytes : {int64_t{0}, int64_t{1} << 30}) {
+    SCOPED_TRACE(winograd_bytes);
+    auto compiled = Compile(graph, {.winograd_bytes = winograd_bytes});
+    EXPECT_GE(compiled->Stats().conversions, 2) << "shared and y turned";
+    EXPECT_LE(RelativeRootMeanSquareError(compiled->Run(inputs)[0], reference), 1e-6);
+  }
+}
+
 // A head too wide for the cache next to the core: two groups of queries share packed keys.
 TEST(Attention, WideHeadsInGroupsOfQueriesThatShareKeys) {
   ComputationGraph graph;
