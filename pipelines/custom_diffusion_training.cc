@@ -87,17 +87,7 @@ void Validate(const CustomDiffusionTrainOptions& o) {
         "training: modifier_token is `{}`, which names no word", o.modifier_token);
 }
 
-TrainOptions CustomDiffusionTrainDefaults() {
-  TrainOptions options;
-  options.train_batch_size = 4;
-  options.learning_rate = 1e-5;
-  options.lr_scheduler = "constant";
-  options.lr_warmup_steps = 0;
-  options.ema_decay = 0;
-  options.caption_dropout = 0;
-  options.validation_fraction = 0;
-  return options;
-}
+TrainOptions CustomDiffusionTrainDefaults() { return TargetTrainDefaults(/*learning_rate=*/1e-5); }
 
 TrainResult TrainCustomDiffusion(CustomDiffusionTrainOptions custom, TrainOptions options,
                                  const fs::path& folder, bool resume,
@@ -130,7 +120,7 @@ TrainResult TrainCustomDiffusion(CustomDiffusionTrainOptions custom, TrainOption
           },
       .begin =
           [&](const fs::path& run) {
-            WriteFile(run / kTrainCustomDiffusion.options_file, TargetOptionsToJson(custom));
+            WriteFile(run / kTrainCustomDiffusion.options_file, OptionsToJson(custom));
           }};
   for (const Word& word : words) target.parameters.push_back(word.embedding);
   if (options.scale_lr && !options.class_data.empty()) target.learning_rate_factor = 2;

@@ -23,17 +23,7 @@ void Validate(const LoraTrainOptions& o) {
         "training: format processor is read only; write peft, diffusers or kohya");
 }
 
-TrainOptions LoraTrainDefaults() {
-  TrainOptions options;
-  options.train_batch_size = 4;
-  options.learning_rate = 1e-4;
-  options.lr_scheduler = "constant";
-  options.lr_warmup_steps = 0;
-  options.ema_decay = 0;
-  options.caption_dropout = 0;
-  options.validation_fraction = 0;
-  return options;
-}
+TrainOptions LoraTrainDefaults() { return TargetTrainDefaults(/*learning_rate=*/1e-4); }
 
 fs::path LoraFileOf(const fs::path& folder, std::string_view format) {
   return folder /
@@ -72,7 +62,7 @@ TrainResult TrainLora(LoraTrainOptions lora, TrainOptions options, const fs::pat
                           },
                       .begin =
                           [&](const fs::path& run) {
-                            WriteFile(run / kTrainLora.options_file, TargetOptionsToJson(lora));
+                            WriteFile(run / kTrainLora.options_file, OptionsToJson(lora));
                           }};
   if (!resume) DrawClassPictures(options, *model, callbacks);
   int64_t numbers = 0;

@@ -3,53 +3,27 @@
 #pragma once
 
 #include <filesystem>
-#include <map>
-#include <nlohmann/json.hpp>
 #include <set>
 #include <string>
 
 #include "core/error.h"
 #include "io/file.h"
+#include "pipelines/options_json.h"
 #include "pipelines/train_options.h"
 #include "pipelines/training_setup.h"
 
 namespace calotype {
 
-template <class Options>
-std::string TargetOptionsToJson(const Options& options) {
-  nlohmann::ordered_json document;
-  Options::Visit(options,
-                 [&](const char* name, const auto& field, const char*) { document[name] = field; });
-  return document.dump(2) + "\n";
-}
-
-// Errors: FileError naming the file and a missing, wrong or unknown field.
-template <class Options>
-Options ReadTargetOptions(const std::filesystem::path& path) {
-  Options options;
-  try {
-    auto document = nlohmann::ordered_json::parse(ReadFile(path, 1 << 20));
-    Check<FileError>(document.is_object(), "{}: not the options of a run", path.string());
-    std::set<std::string> known;
-    Options::Visit(options, [&](const char* name, auto& field, const char*) {
-      known.insert(name);
-      Check<FileError>(document.contains(name),
-                       "{}: the field `{}` is missing; a run of an earlier version of the program "
-                       "cannot be continued",
-                       path.string(), name);
-      try {
-        document.at(name).get_to(field);
-      } catch (const nlohmann::json::exception&) {
-        Fail<FileError>("{}: the field `{}` is {}, of the wrong type", path.string(), name,
-                        document.at(name).dump());
-      }
-    });
-    for (const auto& [name, value] : document.items()) {
-      Check<FileError>(known.count(name) == 1, "{}: unknown field {}", path.string(), Quoted(name));
-    }
-  } catch (const nlohmann::json::exception& e) {
-    Fail<FileError>("{}: not the options of a run: {}", path.string(), e.what());
-  }
+// Of the training of a few numbers beside a model that stays as it is, as in diffusers' scripts.
+inline TrainOptions TargetTrainDefaults(double learning_rate) {
+  TrainOptions options;
+  options.train_batch_size = 4;
+  options.learning_rate = learning_rate;
+  options.lr_scheduler = "constant";
+  options.lr_warmup_steps = 0;
+  options.ema_decay = 0;
+  options.caption_dropout = 0;
+  options.validation_fraction = 0;
   return options;
 }
 
@@ -60,15 +34,14 @@ template <class Options>
 void OptionsForResume(const std::filesystem::path& folder, const TrainingKind& kind, Options& own,
                       TrainOptions& options, const std::set<std::string>& chosen) {
   CheckResumes(kind, folder);
-  const auto stored = ReadTargetOptions<Options>(folder / kind.options_file);
-  std::map<std::string, nlohmann::ordered_json> given;
-  Options::Visit(own,
-                 [&](const char* name, const auto& field, const char*) { given[name] = field; });
-  Options::Visit(stored, [&](const char* name, const auto& field, const char*) {
-    Check(chosen.count(name) == 0 || given[name] == nlohmann::ordered_json(field),
+  const std::filesystem::path own_path = folder / kind.options_file;
+  const auto stored = ParseOptions<Options>(ReadFile(own_path, 1 << 20), own_path);
+  const auto given = OptionsDocument(own), kept = OptionsDocument(stored);
+  for (const auto& [name, value] : kept.items()) {
+    Check(chosen.count(name) == 0 || given.at(name) == value,
           "resume: {} is {} here and {} in the run; a continued run keeps it", name,
-          given[name].dump(), nlohmann::ordered_json(field).dump());
-  });
+          given.at(name).dump(), value.dump());
+  }
   own = stored;
   const std::filesystem::path path = folder / "train.json";
   options = MergeForResume(ParseTrainOptions(ReadFile(path), path), options, chosen);

@@ -7,6 +7,7 @@
 #include <variant>
 
 #include "core/error.h"
+#include "pipelines/options_json.h"
 
 namespace calotype {
 namespace {
@@ -23,14 +24,6 @@ void OneOf(std::string_view field, const std::string& value,
   Fail("training: {} is `{}`, must be one of {}", field, value, list);
 }
 
-ordered_json DocumentOf(const TrainOptions& options) {
-  ordered_json document;
-  TrainOptions::Visit(options, [&](const char* name, const auto& field, const char*, bool) {
-    document[name] = field;
-  });
-  return document;
-}
-
 constexpr std::array<std::string_view, 7> kOfTheModel{"unet",
                                                       "vae",
                                                       "caption_tokens",
@@ -41,7 +34,7 @@ constexpr std::array<std::string_view, 7> kOfTheModel{"unet",
 
 // Errors: ValueError for a field that is `chosen` or not as by default although nothing reads it.
 void CheckEffect(const TrainOptions& o, const std::set<std::string>& chosen) {
-  const ordered_json values = DocumentOf(o), defaults = DocumentOf(TrainOptions());
+  const ordered_json values = OptionsDocument(o), defaults = OptionsDocument(TrainOptions());
   auto set = [&](const std::string& field) {
     return chosen.count(field) > 0 || values.at(field) != defaults.at(field);
   };
@@ -175,34 +168,10 @@ TrainOptions MergeForResume(const TrainOptions& stored, const TrainOptions& give
   return merged;
 }
 
-std::string ToJson(const TrainOptions& options) { return DocumentOf(options).dump(2) + "\n"; }
+std::string ToJson(const TrainOptions& options) { return OptionsToJson(options); }
 
 TrainOptions ParseTrainOptions(std::string_view text, const std::filesystem::path& path) {
-  TrainOptions options;
-  try {
-    ordered_json document = ordered_json::parse(text);
-    Check<FileError>(document.is_object(), "{}: not a training options file", path.string());
-    std::set<std::string> known;
-    TrainOptions::Visit(options, [&](const char* name, auto& field, const char*, bool) {
-      known.insert(name);
-      Check<FileError>(document.contains(name),
-                       "{}: the field `{}` is missing; a run of an earlier version of the program "
-                       "cannot be continued",
-                       path.string(), name);
-      try {
-        document.at(name).get_to(field);
-      } catch (const nlohmann::json::exception&) {
-        Fail<FileError>("{}: the field `{}` is {}, of the wrong type", path.string(), name,
-                        document.at(name).dump());
-      }
-    });
-    for (const auto& [name, value] : document.items()) {
-      Check<FileError>(known.count(name) == 1, "{}: unknown field `{}`", path.string(), name);
-    }
-  } catch (const nlohmann::json::exception& e) {
-    Fail<FileError>("{}: not a training options file: {}", path.string(), e.what());
-  }
-  return options;
+  return ParseOptions<TrainOptions>(text, path);
 }
 
 std::vector<std::string> SplitList(const std::string& text, char separator) {
