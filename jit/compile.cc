@@ -161,12 +161,11 @@ std::unique_ptr<Executable> Compile(const ComputationGraph& graph, const Compile
   auto start = std::chrono::steady_clock::now();
   std::unique_ptr<Tuner> tuner;
   if (options.tune) tuner = std::make_unique<Tuner>();
-  auto program = std::make_shared<LoweredProgram>(
-      Lower(graph, {.fuse = options.fuse && PassEnabled("fuse"),
-                    .tuner = tuner.get(),
-                    .winograd_bytes =
-                        options.winograd == Winograd::kOff ? 0 : options.winograd_bytes,
-                    .rare_inputs = options.rare_inputs}));
+  auto program = std::make_shared<LoweredProgram>(Lower(
+      graph, {.fuse = options.fuse && PassEnabled("fuse"),
+              .tuner = tuner.get(),
+              .winograd_bytes = options.winograd == Winograd::kOff ? 0 : options.winograd_bytes,
+              .rare_inputs = options.rare_inputs}));
   for (Step& step : program->steps) {
     auto* contraction = std::get_if<ContractionSpec>(&step.spec);
     if (tuner && contraction) contraction->schedule = tuner->ScheduleOf(*contraction);

@@ -314,10 +314,11 @@ std::map<std::string, std::string> TokenizerFiles(const ConvertOptions& options,
 }
 
 std::vector<std::string> FileToFolder(const ConvertOptions& options) {
-  Check<UnsupportedFileError>(options.in.extension() == ".safetensors",
-                          "{}: only .safetensors files are read; pickled ones (.ckpt, .bin) can "
-                          "run any code when they are loaded",
-                          options.in.string());
+  Check<UnsupportedFileError>(
+      options.in.extension() == ".safetensors",
+      "{}: only .safetensors files are read; pickled ones (.ckpt, .bin) can "
+      "run any code when they are loaded",
+      options.in.string());
   CheckConfigFolder(options.config);
   const TensorFileHeader header = ReadSafetensorsHeader(options.in);
   const Configs configs = ConfigsFor(options, header);

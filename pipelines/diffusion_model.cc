@@ -37,7 +37,7 @@ struct Index {
     auto found = parts.find(part);
     Check<FileError>(found != parts.end(), "{}: the model has no {}", path.string(), part);
     Check<UnsupportedFileError>(found->second == type, "{}: {} is a {}, only {} is supported",
-                            path.string(), part, Quoted(found->second), type);
+                                path.string(), part, Quoted(found->second), type);
   }
 };
 
@@ -59,8 +59,9 @@ Index ReadIndex(const fs::path& path, const DiffusionModel::Warn& warn) {
   index.stable_diffusion =
       std::count(kStableDiffusionClasses.begin(), kStableDiffusionClasses.end(), type) > 0;
   Check<UnsupportedFileError>(index.stable_diffusion || type == kOwnClass,
-                          "{}: _class_name {} is not supported; there are {}, {}", path.string(),
-                          Quoted(type), kOwnClass, fmt::join(kStableDiffusionClasses, ", "));
+                              "{}: _class_name {} is not supported; there are {}, {}",
+                              path.string(), Quoted(type), kOwnClass,
+                              fmt::join(kStableDiffusionClasses, ", "));
   const std::set<std::string> known{"unet",      "vae",       "text_encoder",
                                     "tokenizer", "scheduler", "caption_encoder"};
   std::vector<std::string> left_out;
