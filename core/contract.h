@@ -1,6 +1,8 @@
 // Contractions and fused kernels on raw memory: matrix product and convolution with their
 // gradients. contract.cc implements them on oneDNN v3 (the only file that names it);
-// contract_reference.h holds the plain loops that define them, for float and double.
+// contract_reference.h holds the plain loops that define them, for float and double. A null bias
+// counts as 0. Errors of all: OutOfMemoryError; of convolutions ShapeError for a stride, padding or
+// kernel out of range.
 #pragma once
 
 #include <cstdint>

@@ -11,7 +11,7 @@ namespace calotype {
 class Sha256 {
  public:
   Sha256();
-  void Update(const void* data, uint64_t size);
+  void Update(const void* data, uint64_t size);  // appends to what is hashed
   void Update(std::string_view bytes) { Update(bytes.data(), bytes.size()); }
   // The digest as 64 lower-case hexadecimal digits. Call once, last.
   std::string Finish();
@@ -24,6 +24,6 @@ class Sha256 {
   uint64_t total_ = 0;  // bytes so far
 };
 
-std::string Sha256Of(std::string_view bytes);
+std::string Sha256Of(std::string_view bytes);  // as Finish, of these bytes alone
 
 }  // namespace calotype

@@ -15,7 +15,7 @@
 
 namespace calotype {
 
-enum class DType : uint8_t { kF32, kF64, kI32, kI64 };
+enum class DType : uint8_t { kF32, kF64, kI32, kI64 };  // float and double, int32_t, int64_t
 
 std::string_view DTypeName(DType dtype);  // "f32", "f64", "i32", "i64"
 int64_t DTypeSize(DType dtype);           // bytes of one element

@@ -17,8 +17,8 @@ class TorchRandom {
   // torch.manual_seed(seed); only the low 32 bits count, as there.
   explicit TorchRandom(uint64_t seed) : engine_(static_cast<uint32_t>(seed)) {}
 
-  uint32_t Next() { return static_cast<uint32_t>(engine_()); }
-  uint64_t Next64();  // two numbers, the first one high
+  uint32_t Next() { return static_cast<uint32_t>(engine_()); }  // the next 32 bits
+  uint64_t Next64();                                            // two numbers, the first one high
 
   // torch.empty(shape).uniform_(low, high): [low, high), 24 bits; torch.rand for 0 and 1. kF64: 53
   // bits. Errors: ShapeError for an integer dtype; ValueError unless low <= high.

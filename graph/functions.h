@@ -1,5 +1,5 @@
-// Functions that emit nodes: what layers, losses and optimizers are written in. A scalar argument
-// becomes a constant. Elementwise functions broadcast by NumPy's rule.
+// Functions that emit nodes: what layers, losses and optimizers are written in. Scalars become
+// constants; elementwise functions broadcast as NumPy. Errors: ShapeError if values do not fit.
 #pragma once
 
 #include <initializer_list>
@@ -76,7 +76,7 @@ Value Conv2d(Value x, Value w, Value bias, const Conv2dOptions& options);
 Value GroupNorm(Value x, Value gamma, Value beta, int64_t groups, double eps);
 // The same over the last axis. Ba et al. 2016, arXiv:1607.06450.
 Value LayerNorm(Value x, Value gamma, Value beta, double eps);
-Value Softmax(Value x, int axis = -1);
+Value Softmax(Value x, int axis = -1);  // exp(x - max x) / sum exp(x - max x) along the axis
 
 struct AttentionOptions {
   int64_t heads = 1;
@@ -102,13 +102,13 @@ AttentionResult Attention(Value q, Value k, Value v, const AttentionOptions& opt
 Value PhiloxUniform(Value seed, const Shape& shape, int64_t stream);
 
 // --- Composites.
-Value StopGradient(Value x);
+Value StopGradient(Value x);  // y = x; no gradient flows to x
 // y = x, but operations on y are not merged with equal ones on x, nor fused into what computes x.
 Value Barrier(Value x);
 // Nearest-neighbour resize of [B, C, H, W]: y[.., i, j] = x[.., floor(i H / h), floor(j W / w)].
 Value ResizeNearest(Value x, int64_t height, int64_t width);
-Value AvgPool2x2(Value x);
-Value MeanSquaredError(Value prediction, Value target);
+Value AvgPool2x2(Value x);  // mean of each 2x2 square of [B, C, H, W]; an odd end is left out
+Value MeanSquaredError(Value prediction, Value target);  // mean over all elements; equal shapes
 
 // --- Gradient: d(sum over outputs of <doutput, output>) / d(each of wrt), in the ops of the same
 // graph. doutputs may hold undefined values for "1" of a scalar output. A value that does not

@@ -102,9 +102,9 @@ class ComputationGraph {
     return EmitOne(op, std::span(inputs.begin(), inputs.size()), std::move(attrs));
   }
 
-  // Names a result. Order of declaration is the order in which Run returns them.
+  // Names a result; order of declaration is that of Run. Errors: ValueError for a name used twice.
   void Output(std::string name, Value value);
-  void Update(Value target, Value source);
+  void Update(Value target, Value source);  // see GraphUpdate. Errors: ShapeError for other types
 
   const std::vector<ComputationNode>& nodes() const { return nodes_; }
   const ComputationNode& node(int32_t index) const { return nodes_[index]; }

@@ -24,6 +24,6 @@ std::string ToText(const ComputationGraph& graph, int64_t max_constant = 4096);
 // Errors: ValueError naming the line.
 ComputationGraph ParseText(std::string_view text);
 
-std::string ToDot(const ComputationGraph& graph);
+std::string ToDot(const ComputationGraph& graph);  // for `dot -Tsvg`
 
 }  // namespace calotype

@@ -43,6 +43,7 @@ class AtomicFile {
   int descriptor_ = -1;
 };
 
+// AtomicFile with these bytes, committed. Errors: FileError.
 void WriteFile(const std::filesystem::path& path, std::string_view bytes,
                Durability durability = Durability::kSynced);
 

@@ -10,6 +10,7 @@
 
 namespace calotype {
 
+// F16.
 inline float HalfToFloat(uint16_t bits) {
   uint32_t sign = uint32_t{bits & 0x8000u} << 16;
   uint32_t exponent = (bits >> 10) & 31u, mantissa = bits & 0x3ffu;
@@ -39,6 +40,7 @@ inline uint16_t FloatToHalf(float x) {
   return static_cast<uint16_t>(bits >> 16 & 0x8000u) | static_cast<uint16_t>(result);
 }
 
+// BF16.
 inline float BrainToFloat(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
 
 inline uint16_t FloatToBrain(float x) {

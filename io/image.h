@@ -19,7 +19,7 @@ struct Image {
 // Errors: ValueError unless both sides are positive and rgb has 3 width height bytes.
 void CheckImage(const Image& image, const char* what);
 
-// [3, height, width] in [-1, 1]: value / 127.5 - 1.
+// [3, height, width] in [-1, 1]: value / 127.5 - 1. Errors (of all below): as CheckImage.
 Tensor ImageToTensor(const Image& image);
 
 // The reverse for x [3, H, W] or [1, 3, H, W] f32: round((x / 2 + 0.5) * 255), to even on ties,

@@ -21,7 +21,7 @@ namespace nn {
 // y = f(x), elementwise, any shape.
 class Activation : public Layer {
  public:
-  explicit Activation(std::string name);
+  explicit Activation(std::string name);  // Errors: as Activate
   std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
                                             std::span<const Value> inputs) override;
 

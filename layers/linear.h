@@ -33,7 +33,7 @@ class Embedding : public Layer {
   struct Options {
     int64_t num_embeddings = 0, embedding_dim = 0;
   };
-  explicit Embedding(const Options& options);
+  explicit Embedding(const Options& options);  // Errors: as Linear's
   const Options& options() const { return options_; }
   std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
                                             std::span<const Value> inputs) override;

@@ -32,7 +32,7 @@ class LayerNorm : public Layer {
     double eps = 1e-5;
     bool elementwise_affine = true;
   };
-  explicit LayerNorm(const Options& options);
+  explicit LayerNorm(const Options& options);  // Errors: ValueError unless both are in range
   const Options& options() const { return options_; }
   std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
                                             std::span<const Value> inputs) override;

@@ -46,7 +46,7 @@ class Upsample2D : public Layer {
     int64_t kernel_size = 3, padding = 1;
     bool bias = true;
   };
-  explicit Upsample2D(const Options& options);
+  explicit Upsample2D(const Options& options);  // Errors: as Downsample2D's
   std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
                                             std::span<const Value> inputs) override;
   // The same to height x width instead of 2H x 2W (nearest pixel).

@@ -39,7 +39,7 @@ class TimestepEmbedding : public Layer {
     std::string act_fn = "silu";
     int64_t out_dim = 0;  // 0: time_embed_dim
   };
-  explicit TimestepEmbedding(const Options& options);
+  explicit TimestepEmbedding(const Options& options);  // Errors: as Linear's and Activate's
   std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
                                             std::span<const Value> inputs) override;
 

@@ -33,7 +33,7 @@ class BasicTransformerBlock : public Layer {
     int64_t ff_inner_dim = 0;  // 0: 4 dim
     bool ff_bias = true, attention_out_bias = true;
   };
-  explicit BasicTransformerBlock(const Options& options);
+  explicit BasicTransformerBlock(const Options& options);  // Errors: as Attention's
   std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
                                             std::span<const Value> inputs) override;
 
@@ -68,7 +68,7 @@ class Transformer2DModel : public Layer {
     bool norm_elementwise_affine = true;
     double norm_eps = 1e-5;  // of the blocks
   };
-  explicit Transformer2DModel(const Options& options);
+  explicit Transformer2DModel(const Options& options);  // Errors: as Attention's
   std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
                                             std::span<const Value> inputs) override;
 

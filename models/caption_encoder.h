@@ -24,7 +24,7 @@ struct CaptionEncoderConfig {
   bool final_layer_norm = false;
 
   CaptionTokenizer Tokenizer() const { return {vocabulary, max_length}; }
-  // Errors: ValueError for text that is not JSON, an unknown field, or a value out of range.
+  // Errors, also of Validate: ValueError for text that is not JSON, unknown fields and bad values.
   static CaptionEncoderConfig FromJson(std::string_view text);
   std::string ToJson() const;
   void Validate() const;
@@ -39,7 +39,7 @@ struct CaptionEncoderConfig {
 // it).
 class CaptionEncoder : public Layer {
  public:
-  explicit CaptionEncoder(const CaptionEncoderConfig& config);
+  explicit CaptionEncoder(const CaptionEncoderConfig& config);  // Errors: as Validate's
   const CaptionEncoderConfig& config() const { return config_; }
   std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
                                             std::span<const Value> inputs) override;

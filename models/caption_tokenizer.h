@@ -38,7 +38,7 @@ class CaptionTokenizer {
   // The vocabulary of these captions: "<pad>", "<unk>", "<start>" and all words, sorted bytewise.
   static std::vector<std::string> BuildVocabulary(std::span<const std::string> captions);
 
-  Encoded Encode(std::string_view text) const;
+  Encoded Encode(std::string_view text) const;  // the row of a text
   // The ids of all words, without start and padding; nothing is cut.
   Encoded Tokenize(std::string_view text) const;
   // Rows of ids, i64 [texts, length].

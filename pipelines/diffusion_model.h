@@ -109,9 +109,9 @@ class DiffusionModel : public Layer {
   // True if the U-Net also takes a mask and the masked picture, as additional channels of its input
   // behind the sample's.
   bool takes_mask() const { return unet_->config().in_channels != channels(); }
-  int64_t caption_tokens() const;  // L
-  int64_t vocabulary_size() const;
-  int64_t context_width() const;  // D
+  int64_t caption_tokens() const;   // L
+  int64_t vocabulary_size() const;  // words or tokens, added ones not counted
+  int64_t context_width() const;    // D
 
  private:
   static std::unique_ptr<DiffusionModel> FromFolder(const std::filesystem::path& folder,

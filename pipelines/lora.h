@@ -118,6 +118,7 @@ MergedLora MergeLora(const LoraModel& model, std::span<const WeightedLora> loras
 
 constexpr const char* kLoraName = "lora";
 
+// Terms with the values of a file, which count `weight` times. Errors: see ResolveLora.
 LoraReport AttachLora(const LoraModel& model, const WeightedLora& lora,
                       const std::string& name = kLoraName, const LoraOptions& options = {});
 
