@@ -101,6 +101,13 @@ void SetDefaultAttnProcessor(Layer& model) {
         "attention: {} of {} modules have AddedKV processors, so no default fits all", added,
         modules.size());
   Check(!modules.empty(), "attention: the model has no attention module");
+  for (const auto& [path, module] : modules) {
+    std::string_view name = NameOf(module->processor());
+    Check(!name.starts_with("CustomDiffusion") && !name.starts_with("CrossFrame") &&
+              !name.starts_with("Fused"),
+          "attention: the {} of {} has no default to go back to; set another processor by name",
+          name, path);
+  }
   SetEach(modules, [&](size_t) -> AttentionProcessor {
     if (added > 0) return AttnAddedKVProcessor{};
     return AttnProcessor{};

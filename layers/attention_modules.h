@@ -28,7 +28,8 @@ std::vector<std::pair<std::string, AttentionProcessor>> AttnProcessors(Layer& mo
 void SetAttnProcessor(Layer& model, const AttentionProcessor& processor);
 void SetAttnProcessor(Layer& model, const std::map<std::string, AttentionProcessor>& processors);
 // AttnAddedKVProcessor for all if all are of the AddedKV kind, AttnProcessor for all if none is.
-// Errors: ValueError for a model with both, or with none.
+// Errors: ValueError for a model with both, with none, or with processors that are no variants of
+// these two: CustomDiffusion..., CrossFrame..., Fused...
 void SetDefaultAttnProcessor(Layer& model);
 
 // Slices the scores: slice_size rows of batch * heads at a time in every module (SlicedAttn... or

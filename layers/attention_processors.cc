@@ -32,7 +32,7 @@ template <class P>
 AttentionKernel KernelOf(const P& p) {
   if constexpr (requires { p.slice_size; }) {
     return {.kind = Kind::kSliced, .slice_size = p.slice_size};
-  } else if constexpr (requires { p.attention_op; }) {
+  } else if constexpr (P::kName.find("XFormers") != std::string_view::npos) {
     return {.kind = Kind::kXFormers, .op = p.attention_op};
   } else {
     return {.kind = P::kName.ends_with("2_0") ? Kind::kFused : Kind::kExplicit};

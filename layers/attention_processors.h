@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <string_view>
+#include <type_traits>
 #include <variant>
 #include <vector>
 
@@ -66,61 +67,57 @@ struct CrossFrameAttnProcessor {
   int64_t batch_size = 2;
 };
 
+// The kernels in which the next two kinds of processors come.
+enum class ScoreKernel : uint8_t {
+  kExplicit,  // as AttnProcessor
+  kFused,     // as AttnProcessor2_0
+  kXFormers,  // as XFormersAttnProcessor, with its argument attention_op
+};
+struct NoArgument {};
+template <ScoreKernel kernel>
+using AttentionOpArgument =
+    std::conditional_t<kernel == ScoreKernel::kXFormers, AttentionOp, NoArgument>;
+
 // Own projections beside the module's, which they replace: to_k_custom_diffusion and
 // to_v_custom_diffusion (train_kv), to_q_custom_diffusion and to_out_custom_diffusion.0
 // (train_q_out). With encoder_hidden_states no gradient flows through keys and values of token 0.
 // hidden_size and cross_attention_dim are the module's if 0. Kumari et al. 2022, arXiv:2212.04488.
-struct CustomDiffusionAttnProcessor {
-  static constexpr std::string_view kName = "CustomDiffusionAttnProcessor";
-  bool train_kv = true, train_q_out = true;
+template <ScoreKernel kernel>
+struct CustomDiffusionProcessor {
+  static constexpr std::string_view kName =
+      kernel == ScoreKernel::kExplicit ? "CustomDiffusionAttnProcessor"
+      : kernel == ScoreKernel::kFused  ? "CustomDiffusionAttnProcessor2_0"
+                                       : "CustomDiffusionXFormersAttnProcessor";
+  // diffusers' default differs for the last of the three.
+  bool train_kv = true, train_q_out = kernel != ScoreKernel::kXFormers;
   int64_t hidden_size = 0, cross_attention_dim = 0;
   bool out_bias = true;
   double dropout = 0;  // only 0 is supported
+  [[no_unique_address]] AttentionOpArgument<kernel> attention_op = {};
 };
-struct CustomDiffusionAttnProcessor2_0 {
-  static constexpr std::string_view kName = "CustomDiffusionAttnProcessor2_0";
-  bool train_kv = true, train_q_out = true;
-  int64_t hidden_size = 0, cross_attention_dim = 0;
-  bool out_bias = true;
-  double dropout = 0;
-};
-struct CustomDiffusionXFormersAttnProcessor {
-  static constexpr std::string_view kName = "CustomDiffusionXFormersAttnProcessor";
-  bool train_kv = true, train_q_out = false;
-  int64_t hidden_size = 0, cross_attention_dim = 0;
-  bool out_bias = true;
-  double dropout = 0;
-  AttentionOp attention_op = AttentionOp::kAuto;
-};
+using CustomDiffusionAttnProcessor = CustomDiffusionProcessor<ScoreKernel::kExplicit>;
+using CustomDiffusionAttnProcessor2_0 = CustomDiffusionProcessor<ScoreKernel::kFused>;
+using CustomDiffusionXFormersAttnProcessor = CustomDiffusionProcessor<ScoreKernel::kXFormers>;
 
 // Low-rank terms beside the module's projections, to_q(x) + scale to_q_lora(x) and so on for to_k,
 // to_v, to_out (see LoRALinearLayer). Sizes are the module's if 0, ranks `rank`. `scale` is
 // diffusers' call argument of that name. Hu et al. 2021, arXiv:2106.09685.
-struct LoRAAttnProcessor {
-  static constexpr std::string_view kName = "LoRAAttnProcessor";
+template <ScoreKernel kernel>
+struct LoRAProcessor {
+  static constexpr std::string_view kName = kernel == ScoreKernel::kExplicit ? "LoRAAttnProcessor"
+                                            : kernel == ScoreKernel::kFused
+                                                ? "LoRAAttnProcessor2_0"
+                                                : "LoRAXFormersAttnProcessor";
   int64_t hidden_size = 0, cross_attention_dim = 0, rank = 4;
   std::optional<double> network_alpha = std::nullopt;
   int64_t q_rank = 0, q_hidden_size = 0, v_rank = 0, v_hidden_size = 0, out_rank = 0,
           out_hidden_size = 0;
   double scale = 1;
+  [[no_unique_address]] AttentionOpArgument<kernel> attention_op = {};
 };
-struct LoRAAttnProcessor2_0 {
-  static constexpr std::string_view kName = "LoRAAttnProcessor2_0";
-  int64_t hidden_size = 0, cross_attention_dim = 0, rank = 4;
-  std::optional<double> network_alpha = std::nullopt;
-  int64_t q_rank = 0, q_hidden_size = 0, v_rank = 0, v_hidden_size = 0, out_rank = 0,
-          out_hidden_size = 0;
-  double scale = 1;
-};
-struct LoRAXFormersAttnProcessor {
-  static constexpr std::string_view kName = "LoRAXFormersAttnProcessor";
-  int64_t hidden_size = 0, cross_attention_dim = 0, rank = 4;
-  std::optional<double> network_alpha = std::nullopt;
-  int64_t q_rank = 0, q_hidden_size = 0, v_rank = 0, v_hidden_size = 0, out_rank = 0,
-          out_hidden_size = 0;
-  double scale = 1;
-  AttentionOp attention_op = AttentionOp::kAuto;
-};
+using LoRAAttnProcessor = LoRAProcessor<ScoreKernel::kExplicit>;
+using LoRAAttnProcessor2_0 = LoRAProcessor<ScoreKernel::kFused>;
+using LoRAXFormersAttnProcessor = LoRAProcessor<ScoreKernel::kXFormers>;
 // As AttnAddedKVProcessor, with terms for add_k_proj and add_v_proj too; cross_attention_dim is the
 // width of encoder_hidden_states.
 struct LoRAAttnAddedKVProcessor {
@@ -138,7 +135,7 @@ using AttentionProcessor =
                  LoRAAttnProcessor, LoRAAttnProcessor2_0, LoRAXFormersAttnProcessor,
                  LoRAAttnAddedKVProcessor>;
 
-std::string_view NameOf(const AttentionProcessor& processor);
+std::string_view NameOf(const AttentionProcessor& processor);  // kName of the one it holds
 // The processor of diffusers' class of that name with its default arguments. Errors:
 // UnsupportedError for another name, listing the known ones.
 AttentionProcessor MakeAttentionProcessor(std::string_view name);

@@ -545,6 +545,15 @@ TEST(AttentionModulesTest, SlicingFusingAndLoRAOfAUNet) {
   auto before = nn::FuseQkvProjections(unet);
   EXPECT_EQ(unet.ParameterShapes().size(), parameters + 8);
   EXPECT_EQ(nn::NameOf(nn::AttnProcessors(unet)[3].second), "FusedAttnProcessor2_0");
+  for (const AttentionProcessor& other : std::vector<AttentionProcessor>{
+           nn::CrossFrameAttnProcessor{}, nn::CustomDiffusionAttnProcessor{}}) {
+    EXPECT_THAT(MessageOf<ValueError>([&] { nn::SetDefaultAttnProcessor(unet); }),
+                HasSubstr("no default to go back to"));
+    nn::SetAttnProcessor(unet, other);
+  }
+  EXPECT_THAT(MessageOf<ValueError>([&] { nn::SetDefaultAttnProcessor(unet); }),
+              HasSubstr("CustomDiffusionAttnProcessor"));
+  nn::SetAttnProcessor(unet, nn::FusedAttnProcessor2_0{});
   EXPECT_LT(RelativeError(run(), expected), kClose);
   nn::UnfuseQkvProjections(unet, before);
   EXPECT_EQ(unet.ParameterShapes().size(), parameters);
