@@ -6,6 +6,8 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "core/json.h"
+
 namespace calotype::app {
 namespace {
 
@@ -127,7 +129,7 @@ std::string ToJson(const BenchReport& report) {
                                  {"gflops", peak.gflops}});
   }
   for (const BenchRow& row : report.rows) document["rows"].push_back(RowJson(report, row));
-  return document.dump(1) + "\n";
+  return JsonFile(document);
 }
 
 std::string ToTrace(const BenchReport& report) {
@@ -165,7 +167,7 @@ std::string ToTrace(const BenchReport& report) {
                           {"flop_of_step", step.flop}}}});
     }
   }
-  return Json{{"traceEvents", events}, {"displayTimeUnit", "ns"}}.dump() + "\n";
+  return JsonText(Json{{"traceEvents", events}, {"displayTimeUnit", "ns"}}) + "\n";
 }
 
 }  // namespace calotype::app

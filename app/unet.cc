@@ -11,6 +11,7 @@
 
 #include "app/commands.h"
 #include "core/error.h"
+#include "core/json.h"
 #include "core/parallel.h"
 #include "graph/flop.h"
 #include "io/atomic_file.h"
@@ -156,7 +157,7 @@ Json Summary(const Command& command, const LoadedModel& loaded) {
 // keep several programs loaded and run them in turn.
 void Serve(const Command& command, LoadedModel& loaded) {
   auto say = [](const Json& json) {
-    fmt::print("{}\n", json.dump());
+    fmt::print("{}\n", JsonText(json));
     std::fflush(stdout);
   };
   say(Summary(command, loaded));
@@ -177,7 +178,7 @@ void Run(const Command& command) {
   for (int i = 0; i < command.repeat; ++i) loaded.Call();
   WriteSafetensors(command.output, {{{"out", loaded.outputs[0]}}, {}});
   Json summary = Summary(command, loaded);
-  if (!command.json.empty()) WriteFile(command.json, summary.dump(1) + "\n");
+  if (!command.json.empty()) WriteFile(command.json, JsonFile(summary));
   if (command.on_demand) return Serve(command, loaded);
   fmt::print(
       "load {:.3f} s, compile {:.3f} s, call {:.3f} ms (median of {}, {}; {:.3f} ms of CPU, "

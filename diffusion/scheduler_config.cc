@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/json.h"
 #include "diffusion/sampler_table.h"
 
 namespace calotype {
@@ -120,7 +121,7 @@ void UnquoteInfinities(std::string& text) {
 }
 
 [[noreturn]] void WrongType(const char* name, const json& value, const char* wanted) {
-  Fail("scheduler config: {} is {}, expected {}", name, value.dump(), wanted);
+  Fail("scheduler config: {} is {}, expected {}", name, JsonText(value), wanted);
 }
 
 void Read(const char* name, const json& value, bool& field) {
@@ -298,9 +299,7 @@ void Validate(const SchedulerConfig& given) {
 }
 
 SchedulerConfig ParseSchedulerConfig(std::string_view text, std::string_view type) {
-  json file = json::parse(QuoteInfinities(text), nullptr, /*allow_exceptions=*/false);
-  Check<FileError>(!file.is_discarded(), "scheduler config: the text is not valid JSON");
-  Check<FileError>(file.is_object(), "scheduler config: the text is not a JSON object");
+  json file = ParseJsonObject(QuoteInfinities(text), "scheduler config");
 
   SchedulerConfig config;
   if (auto name = file.find("_class_name"); name != file.end()) {
@@ -353,7 +352,7 @@ std::string ToJson(const SchedulerConfig& given) {
     if (field.classes & type) file[field.name] = field.value;
   }
   if (config.variance_type.empty() && type == kDpm) file["variance_type"] = nullptr;
-  std::string text = file.dump(2) + "\n";
+  std::string text = JsonFile(file);
   UnquoteInfinities(text);
   return text;
 }

@@ -6,6 +6,7 @@
 #include <system_error>
 
 #include "core/error.h"
+#include "core/json.h"
 #include "core/parallel.h"
 #include "io/file.h"
 #include "io/jpeg.h"
@@ -33,7 +34,7 @@ std::vector<std::string> CaptionsOf(const nlohmann::json& object, const std::str
   std::vector<std::string> captions;
   for (const nlohmann::json& caption : *it) {
     Check<FileError>(caption.is_string(), "{}: the list \"text\" holds {}, expected strings", where,
-                     Quoted(caption.dump()));
+                     Quoted(JsonText(caption)));
     captions.push_back(caption.get<std::string>());
   }
   Check<FileError>(!captions.empty(), "{}: the list \"text\" is empty", where);
@@ -116,8 +117,7 @@ void ImageFolder::ReadList(const std::filesystem::path& folder, const std::files
     rest.remove_prefix(std::min(rest.size(), line.size() + 1));
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
     std::string where = fmt::format("{}:{}", list.string(), number);
-    nlohmann::json object = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-    Check<FileError>(object.is_object(), "{}: not a JSON object: {}", where, Quoted(line));
+    nlohmann::json object = ParseJsonObject(line, where);
     Entry entry{StringField(object, "file_name", where), CaptionsOf(object, where), {}};
     paths.push_back(Inside(root, entry.file_name, where));
     entries_.push_back(std::move(entry));
@@ -184,7 +184,7 @@ std::string ImageFolderLine(std::string_view file_name, std::string_view text) {
   nlohmann::ordered_json line;
   line["file_name"] = file_name;
   line["text"] = text;
-  return line.dump() + "\n";
+  return JsonText(line) + "\n";
 }
 
 }  // namespace calotype

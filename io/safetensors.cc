@@ -5,9 +5,9 @@
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/json.h"
 #include "io/atomic_file.h"
 #include "io/file.h"
 #include "io/half.h"
@@ -153,7 +153,7 @@ StoredType StoredTypeOf(DType dtype, FloatFormat format) {
 
 std::string JsonString(const std::string& text, const char* what) {
   Check(IsUtf8(text), "safetensors: {} {} is not UTF-8", what, Quoted(text));
-  return nlohmann::json(text).dump();
+  return JsonText(text);
 }
 
 }  // namespace

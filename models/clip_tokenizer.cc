@@ -8,6 +8,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
+#include "core/json.h"
 #include "models/json_fields.h"
 
 namespace calotype {
@@ -167,24 +168,16 @@ CLIPTokenizer::CLIPTokenizer(std::string_view vocab_json, std::string_view merge
   Check(config_.model_max_length >= 2, "{}: model_max_length {} must be at least 2", kOwner,
         config_.model_max_length);
   // The parser would silently keep the last of two equal keys.
-  auto refuse_twice = [this](int, nlohmann::json::parse_event_t event, nlohmann::json& key) {
-    if (event == nlohmann::json::parse_event_t::key) {
-      bool is_new = ids_.emplace(key.get<std::string>(), -1).second;
-      Check(is_new, "{}: the vocabulary has token '{}' twice", kOwner, key.get<std::string>());
-    }
-    return true;
+  auto refuse_twice = [this](const std::string& token) {
+    const bool is_new = ids_.emplace(token, -1).second;
+    Check(is_new, "{}: the vocabulary has token '{}' twice", kOwner, token);
   };
-  nlohmann::json vocabulary;
-  try {
-    vocabulary = nlohmann::json::parse(vocab_json, refuse_twice);
-  } catch (const nlohmann::json::exception& error) {
-    Fail("{}: the vocabulary is not JSON: {}", kOwner, error.what());
-  }
-  Check(vocabulary.is_object(), "{}: the vocabulary must be an object of tokens and ids", kOwner);
+  const nlohmann::json vocabulary = ParseJsonObject<ValueError>(
+      vocab_json, fmt::format("{}: the vocabulary", kOwner), refuse_twice);
   for (const auto& [token, id] : vocabulary.items()) {
     Check(id.is_number_integer() && id.get<int64_t>() >= 0 && id.get<int64_t>() < INT32_MAX,
           "{}: the id of token '{}' is {}, expected a small non-negative integer", kOwner, token,
-          id.dump());
+          JsonText(id));
     auto number = id.get<int32_t>();
     ids_[token] = number;
     auto [other, is_new] = tokens_.emplace(number, token);

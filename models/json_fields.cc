@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "core/error.h"
+#include "core/json.h"
 
 namespace calotype {
 namespace {
@@ -16,7 +17,7 @@ struct Place {
 };
 
 [[noreturn]] void Wrong(const Place& at, const nlohmann::json& value, std::string_view wanted) {
-  Fail("{}: field '{}' is {}, expected {}", at.owner, at.name, value.dump(), wanted);
+  Fail("{}: field '{}' is {}, expected {}", at.owner, at.name, JsonText(value), wanted);
 }
 void Convert(const Place& at, const nlohmann::json& json, bool& value) {
   if (!json.is_boolean()) Wrong(at, json, "true or false");
@@ -61,11 +62,11 @@ nlohmann::json JsonOf(const std::optional<T>& value) {
 
 }  // namespace
 
-JsonConstant::JsonConstant(int value) : text_(nlohmann::json(value).dump()) {}
-JsonConstant::JsonConstant(double value) : text_(nlohmann::json(value).dump()) {}
-JsonConstant::JsonConstant(std::string_view value) : text_(nlohmann::json(value).dump()) {}
+JsonConstant::JsonConstant(int value) : text_(JsonText(nlohmann::json(value))) {}
+JsonConstant::JsonConstant(double value) : text_(JsonText(nlohmann::json(value))) {}
+JsonConstant::JsonConstant(std::string_view value) : text_(JsonText(nlohmann::json(value))) {}
 JsonConstant::JsonConstant(std::initializer_list<std::string_view> values)
-    : text_(nlohmann::json(std::vector<std::string>(values.begin(), values.end())).dump()) {}
+    : text_(JsonText(nlohmann::json(std::vector<std::string>(values.begin(), values.end())))) {}
 
 JsonWriter::JsonWriter()
     : object_(std::make_unique<nlohmann::json>(nlohmann::json::value_t::object)) {}
@@ -88,18 +89,14 @@ void JsonWriter::OneOrMany(const std::string& name, const std::vector<T>& values
   }
 }
 void JsonWriter::Only(const std::string& name, const JsonConstant& value) {
-  (*object_)[name] = nlohmann::json::parse(value.text());
+  (*object_)[name] = ParseJson(value.text());
 }
-std::string JsonWriter::Text() const { return object_->dump(2) + "\n"; }
+std::string JsonWriter::Text() const { return JsonFile(*object_); }
 
-JsonFields::JsonFields(std::string_view owner, std::string_view text) : owner_(owner) {
-  try {
-    object_ = std::make_unique<const nlohmann::json>(nlohmann::json::parse(text));
-  } catch (const nlohmann::json::exception& error) {
-    Fail("{}: the configuration is not JSON: {}", owner_, error.what());
-  }
-  Check(object_->is_object(), "{}: the configuration must be a JSON object", owner_);
-}
+JsonFields::JsonFields(std::string_view owner, std::string_view text)
+    : owner_(owner),
+      object_(std::make_unique<const nlohmann::json>(
+          ParseJsonObject<ValueError>(text, owner_ + ": the configuration"))) {}
 JsonFields::~JsonFields() = default;
 
 template <class T>
@@ -121,9 +118,9 @@ void JsonFields::OneOrMany(const std::string& name, std::vector<T>& values) {
 }
 void JsonFields::Only(const std::string& name, const JsonConstant& supported) {
   const nlohmann::json* field = Take(name);
-  Check<UnsupportedError>(!field || *field == nlohmann::json::parse(supported.text()),
+  Check<UnsupportedError>(!field || *field == ParseJson(supported.text()),
                           "{}: field '{}' is {}; only {} is supported", owner_, name,
-                          field ? field->dump() : "", supported.text());
+                          field ? JsonText(*field) : "", supported.text());
 }
 void JsonFields::Token(const std::string& name, std::string& token) {
   const nlohmann::json* field = Take(name);

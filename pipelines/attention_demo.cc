@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/json.h"
 #include "io/atomic_file.h"
 #include "io/png.h"
 #include "pipelines/rows.h"
@@ -103,7 +104,7 @@ std::string AttentionDemoSummary::ToJson() const {
                                      {"heat_color", ToJsonOf(color)},
                                      {"heat_color_and_shape", ToJsonOf(color_and_shape)},
                                      {"heat_background", ToJsonOf(background)}};
-  return document.dump(2) + "\n";
+  return JsonFile(document);
 }
 
 AttentionDemoSummary RunAttentionDemo(const AttentionDemoOptions& options,

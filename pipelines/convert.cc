@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/json.h"
 #include "diffusion/noise_schedule.h"
 #include "diffusion/scheduler_config.h"
 #include "io/atomic_file.h"
@@ -304,7 +305,7 @@ std::map<std::string, std::string> TokenizerFiles(const ConvertOptions& options,
                              {"unk_token", defaults.unk_token},
                              {"pad_token", v2 ? "!" : defaults.pad_token},
                              {"do_lower_case", true}};
-    files["tokenizer_config.json"] = config.dump(2) + "\n";
+    files["tokenizer_config.json"] = JsonFile(config);
   }
   MakeCLIPTokenizer(files, from);
   if (fs::exists(from / "tokenizer.json")) {
@@ -369,7 +370,7 @@ std::vector<std::string> FileToFolder(const ConvertOptions& options) {
       lines.push_back(Counted(part));
     }
     WriteFile(work / "scheduler" / "scheduler_config.json", ToJson(configs.scheduler));
-    WriteFile(work / "model_index.json", index.dump(2) + "\n");
+    WriteFile(work / "model_index.json", JsonFile(index));
     fs::rename(work, options.out);
   } catch (const fs::filesystem_error& e) {
     std::error_code ignored;
@@ -440,7 +441,7 @@ std::vector<std::string> FolderToFile(const ConvertOptions& options) {
       Check(rest.empty(), "{} tensors are unknown: {}", rest.size(), Join(rest));
     });
     file.formats.merge(FormatsOf(part.keys, Renamed(read.formats, current), /*to_original=*/true));
-    file.metadata[kMetadata[i]] = nlohmann::json::parse(part.config).dump();
+    file.metadata[kMetadata[i]] = JsonText(ParseJson(part.config));
     lines.push_back(Counted(part));
   }
   std::string text = ToJson(configs.scheduler);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
+#include "core/json.h"
 #include "io/atomic_file.h"
 #include "io/image.h"
 #include "io/png.h"
@@ -53,7 +54,7 @@ std::string DemoSummary::ToJson() const {
       {"jit_ms_b64", b64.jit_ms},
       {"max_rel_difference", std::max(b1.max_rel_difference, b64.max_rel_difference)},
   };
-  return document.dump(2) + "\n";
+  return JsonFile(document);
 }
 
 DemoSummary RunDemo(const DemoOptions& options, const DemoCallbacks& callbacks) {

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "core/error.h"
+#include "core/json.h"
 #include "diffusion/sampler_names.h"
 #include "io/atomic_file.h"
 #include "io/file.h"
@@ -48,9 +49,7 @@ void AsStableDiffusion(SchedulerConfig& scheduler) {
 }
 
 Index ReadIndex(const fs::path& path, const DiffusionModel::Warn& warn) {
-  auto document = nlohmann::json::parse(ReadText(path), nullptr, false);
-  Check<FileError>(document.is_object(), "{}: not the index of a model: no JSON object",
-                   path.string());
+  const auto document = ParseJsonObject(ReadText(path), path.string());
   Index index{.path = path};
   auto name = document.find("_class_name");
   Check<FileError>(name != document.end() && name->is_string(),
@@ -71,7 +70,7 @@ Index ReadIndex(const fs::path& path, const DiffusionModel::Warn& warn) {
     if (known.count(key)) {
       Check<FileError>(part && value[1].is_string(),
                        "{}: {} is {}, must be [library, class] or [null, null]", path.string(), key,
-                       value.dump());
+                       JsonText(value));
       index.parts[key] = value[1];
     } else if (part) {
       left_out.push_back(key);
@@ -335,7 +334,7 @@ void DiffusionModel::Save(const fs::path& folder) {
       index[part] = nlohmann::ordered_json::array({nullptr, nullptr});
     index["requires_safety_checker"] = false;
   }
-  WriteFile(folder / "model_index.json", index.dump(2) + "\n");
+  WriteFile(folder / "model_index.json", JsonFile(index));
 }
 
 }  // namespace calotype

@@ -8,6 +8,7 @@
 #include <span>
 
 #include "core/error.h"
+#include "core/json.h"
 #include "io/file.h"
 #include "io/safetensors.h"
 #include "pipelines/lora_names.h"
@@ -188,8 +189,7 @@ void SetAlphas(const json& config, const std::string& prefix, std::string_view c
 }
 
 void ReadPeftConfig(const std::string& text, const std::string& where, LoraFile& lora) {
-  json config = json::parse(text, nullptr, false);
-  Check<FileError>(config.is_object(), "{}: {} is not a JSON object", lora.source, where);
+  const json config = ParseJsonObject(text, lora.source + ": " + where);
   try {
     for (std::string component : {"unet", "text_encoder"}) {
       SetAlphas(config, component + ".", component + ".", lora);
@@ -359,7 +359,7 @@ void SaveLora(const fs::path& path, const LoraFile& lora, LoraDialect dialect) {
     for (std::string component : {"unet.", "text_encoder."}) {
       AddPeftConfig(lora, component, config);
     }
-    file.metadata[kPeftMetadata] = config.dump(2);
+    file.metadata[kPeftMetadata] = JsonText(config, 2);
   }
   WriteSafetensors(path, file);
 }

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/json.h"
 #include "io/atomic_file.h"
 #include "io/file.h"
 #include "io/safetensors.h"
@@ -80,10 +81,9 @@ fs::path WeightsFile(const fs::path& folder, std::string_view stem) {
 
 // Tensor name -> file name, as an index of shards gives it.
 std::map<std::string, std::string> ReadShardIndex(const fs::path& path) {
-  nlohmann::json index;
+  const nlohmann::json index = ParseJsonObject(ReadFile(path, kMaxText), path.string());
   std::map<std::string, std::string> files;
   try {
-    index = nlohmann::json::parse(ReadFile(path, kMaxText));
     index.at("weight_map").get_to(files);
   } catch (const nlohmann::json::exception& e) {
     Fail<FileError>("{}: not an index of shards: {}", path.string(), e.what());
@@ -98,22 +98,22 @@ std::map<std::string, std::string> ReadShardIndex(const fs::path& path) {
 
 // The texts of vocab.json and merges.txt that a tokenizer.json stands for.
 std::pair<std::string, std::string> VocabularyOfFastTokenizer(const std::string& text) {
-  auto document = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  Check(document.is_object() && document.contains("model") && document["model"].is_object(),
+  const auto document = ParseJsonObject<ValueError>(text, "not a tokenizer");
+  Check(document.contains("model") && document["model"].is_object(),
         "not a tokenizer: no object `model`");
   const nlohmann::json& model = document["model"];
   const auto type = model.find("type"), vocabulary = model.find("vocab"),
              merges = model.find("merges");
   Check<UnsupportedError>(type != model.end() && *type == "BPE",
                           "model.type is {}, only BPE is supported",
-                          type == model.end() ? "missing" : type->dump());
+                          type == model.end() ? "missing" : JsonText(*type));
   Check(vocabulary != model.end() && merges != model.end() && merges->is_array(),
         "model.vocab or model.merges is missing");
   std::string lines = "#version: 0.2\n";
   for (const nlohmann::json& merge : *merges) {
     const bool pair =
         merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string();
-    Check(pair || merge.is_string(), "model.merges has {}, expected two tokens", merge.dump());
+    Check(pair || merge.is_string(), "model.merges has {}, expected two tokens", JsonText(merge));
     lines += pair ? merge[0].get<std::string>() + " " + merge[1].get<std::string>()
                   : merge.get<std::string>();
     lines += '\n';
@@ -136,8 +136,7 @@ class AddedWords {
     for (const auto& [key, token] : list.items()) {
       Check(token.is_object() && token.contains("content") && token["content"].is_string(),
             "the added token {} has no string `content`", key);
-      nlohmann::json id = list.is_object() ? nlohmann::json::parse(key, nullptr, false)
-                                           : token.value("id", nlohmann::json());
+      nlohmann::json id = list.is_object() ? ParseJson(key) : token.value("id", nlohmann::json());
       const std::string word = token["content"];
       if (!Take(id, word)) continue;
       // Of the vocabulary's own tokens the special ones are read otherwise, whatever is said here.
@@ -148,7 +147,7 @@ class AddedWords {
                                  {"normalized", true}}) {
         const nlohmann::json value = token.value(field, nlohmann::json(only));
         Check<UnsupportedError>(value == only, "the added token {} has {} {}, only {} is supported",
-                                Quoted(word), field, value.dump(), only);
+                                Quoted(word), field, JsonText(value), only);
       }
     }
   }
@@ -171,7 +170,7 @@ class AddedWords {
   bool Take(const nlohmann::json& id, const std::string& word) {
     Check(id.is_number_integer() && id.get<int64_t>() >= 0,
           "the id of the added token {} is {}, expected a non-negative integer", Quoted(word),
-          id.dump());
+          JsonText(id));
     const auto number = id.get<int64_t>();
     if (number < tokenizer_.vocab_size()) {
       Check(tokenizer_.IdOf(word) == number,

@@ -1,6 +1,7 @@
 // Stable Diffusion models as files: the names of the original single-file layout, conversion in
 // both directions, half precision, and files that are wrong.
 #include "pipelines/convert.h"
+#include "core/json.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -67,7 +68,7 @@ std::vector<std::pair<std::string, std::vector<OriginalKey>>> AllKeys(const Orig
 }
 
 TEST(OriginalKeysTest, AreThoseThatDiffusersConverts) {
-  json golden = json::parse(ReadText(Fixture("original") / "keys.json"));
+  json golden = ParseJson(ReadText(Fixture("original") / "keys.json"));
   for (bool v2 : {false, true}) {
     const json& expected = golden.at(v2 ? "sd21" : "sd15");
     std::set<std::string> lines;
@@ -174,11 +175,11 @@ TEST(ConvertTest, RoundTripsAreExact) {
           EXPECT_EQ(entry.dtype, *dtype == 'b' ? "BF16" : "F16");
         }
       }
-      const json tokenizer = json::parse(ReadText(folder / "back/tokenizer/tokenizer_config.json"));
+      const json tokenizer = ParseJson(ReadText(folder / "back/tokenizer/tokenizer_config.json"));
       EXPECT_EQ(tokenizer.at("model_max_length"), 20);
       EXPECT_EQ(tokenizer.at("pad_token"), v2 ? "!" : "<|endoftext|>");
       // The folder is a model.
-      json index = json::parse(ReadText(folder / "back/model_index.json"));
+      json index = ParseJson(ReadText(folder / "back/model_index.json"));
       EXPECT_EQ(index.at("safety_checker"), json::array({nullptr, nullptr}));
       EXPECT_EQ(index.at("scheduler"), json::array({"diffusers", "DDIMScheduler"}));
       EXPECT_EQ(LoadUNet(folder / "back/unet")->ParameterCount(),
@@ -335,9 +336,9 @@ TEST(ConvertTest, WrongFilesAreNamed) {
        {"'in_chanels'"}},
       {"block type",
        [&](TensorFile& f) {
-         json config = json::parse(f.metadata["calotype.unet"]);
+         json config = ParseJson(f.metadata["calotype.unet"]);
          config["down_block_types"][0] = "AttnDownBlock2D";
-         f.metadata["calotype.unet"] = config.dump();
+         f.metadata["calotype.unet"] = JsonText(config);
        },
        {"AttnDownBlock2D"}},
   };
@@ -431,7 +432,7 @@ void Shard(const fs::path& folder) {
   }
   for (int k : {0, 1}) WriteSafetensors(folder / fmt::format("part-{}.safetensors", k), shards[k]);
   WriteText(folder / "diffusion_pytorch_model.safetensors.index.json",
-            json({{"metadata", json::object()}, {"weight_map", map}}).dump());
+            JsonText(json({{"metadata", json::object()}, {"weight_map", map}})));
   fs::remove(folder / "diffusion_pytorch_model.safetensors");
 }
 
@@ -475,7 +476,7 @@ TEST(ModelFolderTest, WrongFilesAreNamed) {
       {"config is not JSON",
        [](const fs::path& f) { WriteText(f / "text_encoder/config.json", "{"); },
        "text_encoder/config.json",
-       {"not JSON"}},
+       {"not a JSON object"}},
       {"truncated weights",
        [](const fs::path& f) {
          fs::resize_file(f / kWeights[1], fs::file_size(f / kWeights[1]) - 4);

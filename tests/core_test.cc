@@ -4,9 +4,11 @@
 
 #include <cmath>
 #include <limits>
+#include <nlohmann/json.hpp>
 #include <numeric>
 
 #include "core/error.h"
+#include "core/json.h"
 #include "core/parallel.h"
 #include "core/random.h"
 #include "core/scalar.h"
@@ -18,6 +20,7 @@ namespace {
 
 using testing::ElementsAre;
 using testing::HasSubstr;
+using testing::Not;
 
 TEST(ShapeTest, AxesStridesAndText) {
   Shape s{2, 3, 4};
@@ -225,6 +228,39 @@ TEST(ScalarTest, SpecialValues) {
   EXPECT_EQ(scalar::Logistic(-inf), 0);
   EXPECT_TRUE(std::isnan(scalar::Max(NAN, 1.0f)) && std::isnan(scalar::Max(1.0f, NAN)));
   EXPECT_TRUE(std::isnan(scalar::Min(NAN, 1.0f)) && std::isnan(scalar::Min(1.0f, NAN)));
+}
+
+TEST(JsonTest, TextAndBack) {
+  const nlohmann::json value = ParseJson(R"( {"b": [1, -2.5, null, true], "a": "\u00e9\n"} )");
+  EXPECT_EQ(JsonText(value), "{\"a\":\"\u00e9\\n\",\"b\":[1,-2.5,null,true]}");
+  EXPECT_EQ(JsonFile(ParseJson("{\"a\":1}")), "{\n  \"a\": 1\n}\n");
+  EXPECT_EQ(JsonText(ParseJson<nlohmann::ordered_json>(R"({"b":1,"a":2})")), R"({"b":1,"a":2})");
+  EXPECT_EQ(JsonText(std::string("\"x\"\t")), R"("\"x\"\t")");
+  EXPECT_TRUE(ParseJson("{").is_discarded());
+  EXPECT_THAT(MessageOf<ValueError>([] { JsonText(std::string("\xff")); }), HasSubstr("UTF-8"));
+}
+
+TEST(JsonTest, WhatIsNoObjectIsNamedWithItsPlace) {
+  auto message = [](const std::string& text) {
+    return MessageOf<FileError>([&] { ParseJsonObject(text, "a.json"); });
+  };
+  EXPECT_THAT(
+      message("{\"a\": 1,\n \"b\" 2}"),
+      HasSubstr("a.json: not a JSON object: parse error at line 2, column 6: syntax error"));
+  EXPECT_THAT(message(""), HasSubstr("unexpected end of input"));
+  EXPECT_THAT(message("[]"), HasSubstr("a.json: not a JSON object: it is an array"));
+  EXPECT_THAT(message("{\"a\": 1e999}"), HasSubstr("number overflow"));
+  // Neither the bytes nor the length of the input get into the message.
+  EXPECT_THAT(message("{\"a\": \"\xff\"}"), Not(HasSubstr("\xff")));
+  EXPECT_LT(message("{\"" + std::string(100000, 'x')).size(), 300u);
+  EXPECT_LT(message("{\"a\": 1e" + std::string(100000, '9') + "}").size(), 300u);
+  EXPECT_LT(message(std::string(100000, '[')).size(), 300u);
+  EXPECT_THROW(ParseJsonObject<ValueError>("1", "x"), ValueError);
+
+  std::vector<std::string> keys;
+  ParseJsonObject(R"({"a": {"b": 1}, "a": 2})", "x",
+                  [&](const std::string& key) { keys.push_back(key); });
+  EXPECT_THAT(keys, ElementsAre("a", "b", "a"));
 }
 
 }  // namespace

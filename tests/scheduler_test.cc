@@ -5,12 +5,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "core/error.h"
+#include "core/json.h"
 #include "core/torch_random.h"
 #include "diffusion/ddpm.h"
 #include "diffusion/dpm_solver.h"
@@ -18,6 +18,7 @@
 #include "diffusion/pndm.h"
 #include "diffusion/sampler_names.h"
 #include "diffusion/scheduler.h"
+#include "tests/temp_folder.h"
 
 namespace calotype {
 namespace {
@@ -41,8 +42,8 @@ Tensor Fill(const Shape& shape, F&& f) {
 
 TEST(Samplers, RunsEqualDiffusers) {
   const Shape shape{2, 3, 2, 2};
-  std::ifstream file(std::string(CALOTYPE_TEST_DATA) + "/fixtures/schedulers/runs.json");
-  const auto runs = nlohmann::json::parse(file).at("runs");
+  const auto runs =
+      ParseJson(test::ReadText(CALOTYPE_TEST_DATA "/fixtures/schedulers/runs.json")).at("runs");
   EXPECT_GE(runs.size(), 48u);
   for (const auto& run : runs) {
     SCOPED_TRACE(run.at("name").get<std::string>());
@@ -54,7 +55,8 @@ TEST(Samplers, RunsEqualDiffusers) {
     const int64_t first = run.value("first", 0), calls = run.at("calls");
     const auto values = run.at("values").get<std::vector<double>>();
     auto scheduler = MakeScheduler(
-        ParseSchedulerConfig(run.at("config").dump(), run.at("type").get<std::string>()), options);
+        ParseSchedulerConfig(JsonText(run.at("config")), run.at("type").get<std::string>()),
+        options);
     scheduler->SetTimesteps(run.at("steps"));
     ASSERT_EQ(scheduler->size(), calls);
     double timesteps = 0;

@@ -267,7 +267,7 @@ TEST(AutoencoderKLTest, ConfigRoundTripAndErrors) {
   auto error = [](const std::string& json) {
     return MessageOf<ValueError>([&] { AutoencoderKLConfig::FromJson(json); });
   };
-  EXPECT_THAT(error("[1"), HasSubstr("not JSON"));
+  EXPECT_THAT(error("[1"), HasSubstr("not a JSON object"));
   EXPECT_THAT(error(R"({"latent_chanels": 4})"), HasSubstr("'latent_chanels'"));
   EXPECT_THAT(error(R"({"latent_channels": "4"})"), HasSubstr("'latent_channels' is \"4\""));
   EXPECT_THAT(error(R"({"_class_name": "VQModel"})"), HasSubstr("VQModel"));
@@ -549,7 +549,7 @@ TEST(CLIPTokenizerTest, BadFilesAreRefused) {
   EXPECT_THAT(error(v.vocab, "l o\n"), HasSubstr("#version"));
   EXPECT_THAT(error(v.vocab, ""), HasSubstr("empty"));
   EXPECT_THAT(error("[]", v.merges), HasSubstr("object"));
-  EXPECT_THAT(error("{", v.merges), HasSubstr("not JSON"));
+  EXPECT_THAT(error("{", v.merges), HasSubstr("not a JSON object"));
   std::string open = v.vocab.substr(0, v.vocab.size() - 1);
   EXPECT_THAT(error(open + R"(, "lo": 700})", v.merges), HasSubstr("'lo' twice"));
   EXPECT_THAT(error(open + R"(, "new": 7})", v.merges), HasSubstr("same id 7"));

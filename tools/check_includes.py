@@ -34,7 +34,7 @@ PACKAGES = {
     "dnnl.h": {"core/contract.cc"},
     "omp.h": {"core/parallel.cc"},
     "llvm": {"jit"},
-    "nlohmann": {"models", "diffusion", "io", "pipelines", "app"},
+    "nlohmann": {"core/json.h", "core/json.cc", "models", "diffusion", "io", "pipelines", "app"},
     "png.h": {"io"},
     "hb.h": {"io"},
     "utf8proc.h": {"models"},
