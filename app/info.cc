@@ -2,6 +2,8 @@
 #include <fmt/format.h>
 
 #include <memory>
+#include <set>
+#include <string>
 
 #include "app/commands.h"
 #include "core/isa.h"
@@ -13,6 +15,8 @@
 #include "models/presets.h"
 #include "pipelines/diffusion_model.h"
 #include "pipelines/op_table.h"
+#include "pipelines/train_options.h"
+#include "pipelines/trainer.h"
 
 namespace calotype::app {
 namespace {
@@ -35,6 +39,11 @@ void PrintTensors(const fs::path& path) {
     fmt::print("  {} = {}\n", Quoted(key), Quoted(value));
   for (const TensorEntry& entry : header.entries)
     fmt::print("  {:4} {:18} {}\n", entry.dtype, entry.shape.ToString(), Quoted(entry.name));
+}
+
+void PrintCheckpoints(const fs::path& folder) {
+  for (int64_t step : ListCheckpoints(folder / "checkpoints"))
+    fmt::print("  checkpoint of step {}\n", step);
 }
 
 void PrintModel(const fs::path& folder) {
@@ -60,8 +69,22 @@ void PrintModel(const fs::path& folder) {
   }
   fmt::print("  schedule: {}, {} timesteps, predicts {}\n", s.beta_schedule, s.num_train_timesteps,
              s.prediction_type);
-  for (int64_t step : ListCheckpoints(folder / "checkpoints"))
-    fmt::print("  checkpoint of step {}\n", step);
+  PrintCheckpoints(folder);
+}
+
+// A run whose result is no model folder (LoRA, Custom Diffusion), or not yet.
+void PrintRun(const fs::path& folder) {
+  const fs::path path = folder / "train.json";
+  const TrainOptions options = ParseTrainOptions(ReadFile(path, 1 << 20), path);
+  fmt::print("{}: run of {} steps on {}{}, no model folder\n", folder.string(),
+             options.max_train_steps, options.data,
+             options.model.empty() ? "" : fmt::format(" with {}", options.model));
+  std::set<std::string> results;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    if (entry.path().extension() == ".safetensors") results.insert(entry.path().filename());
+  }
+  for (const std::string& name : results) fmt::print("  {}\n", name);
+  PrintCheckpoints(folder);
 }
 
 void PrintProgram() {
@@ -83,7 +106,7 @@ void AddInfo(Options& app, Selected& selected) {
     bool ops = false;
   };
   auto command = std::make_shared<Command>();
-  info->add_option("path", command->path, "Model folder, .safetensors or .png");
+  info->add_option("path", command->path, "Model or run folder, .safetensors or .png");
   info->add_flag("--ops", command->ops, "Print the table of operations (docs/ops.md)");
   info->callback([command, &selected] {
     selected.run = [command] {
@@ -95,6 +118,8 @@ void AddInfo(Options& app, Selected& selected) {
         PrintPicture(command->path);
       } else if (command->path.extension() == ".safetensors") {
         PrintTensors(command->path);
+      } else if (HoldsRun(command->path) && !fs::exists(command->path / "model_index.json")) {
+        PrintRun(command->path);
       } else {
         PrintModel(command->path);
       }
