@@ -14,6 +14,7 @@
 #include <sstream>
 #include <thread>
 
+#include "core/json.h"
 #include "io/checkpoint.h"
 #include "io/image_folder.h"
 #include "io/png.h"
@@ -194,7 +195,7 @@ TEST_F(AppTest, FoldersOfPictures) {
   std::istringstream lines(ReadText(folder_ / "run/metrics.jsonl"));
   int steps = 0;
   for (std::string line; std::getline(lines, line);) {
-    json record = json::parse(line);
+    json record = ParseJson(line);
     if (!record.contains("loss")) continue;
     EXPECT_EQ(record["step"], ++steps);
     for (const char* key : {"loss", "learning_rate", "gradient_norm", "seconds"})
@@ -370,7 +371,7 @@ TEST_F(AppTest, TheRecipeIsGivenByOptions) {
                                                  "--gradient-checkpointing"}));
   ASSERT_EQ(trained.code, 0) << trained.err;
   EXPECT_THAT(trained.err, HasSubstr("6 steps of 8"));
-  json options = json::parse(ReadText(folder_ / "run/train.json"));
+  json options = ParseJson(ReadText(folder_ / "run/train.json"));
   EXPECT_EQ(options["snr_gamma"], 5);
   EXPECT_EQ(options["caption_dropout"], 0.3);
   EXPECT_EQ(options["gradient_accumulation_steps"], 2);
@@ -379,7 +380,7 @@ TEST_F(AppTest, TheRecipeIsGivenByOptions) {
   std::istringstream metrics(ReadText(folder_ / "run/metrics.jsonl"));
   std::string line;
   std::getline(metrics, line);
-  json first = json::parse(line);
+  json first = ParseJson(line);
   EXPECT_NEAR(first["learning_rate"].get<double>(), 8e-4, 1e-12);
   // What has no effect is wrong usage, and a continued run keeps what decides it.
   ProgramResult useless = Calotype(Train("other", {"--lr-power", "2"}));
@@ -441,7 +442,7 @@ TEST_F(AppTest, StableDiffusionIsTrainedOnLatents) {
   EXPECT_EQ(changed("vae/diffusion_pytorch_model.safetensors"), 0);
   EXPECT_EQ(changed("text_encoder/model.safetensors"), 0);
   EXPECT_GT(changed("unet/diffusion_pytorch_model.safetensors"), 50);
-  EXPECT_EQ(json::parse(ReadText(folder_ / "run/model_index.json"))["_class_name"],
+  EXPECT_EQ(ParseJson(ReadText(folder_ / "run/model_index.json"))["_class_name"],
             "StableDiffusionPipeline");
   ProgramResult drawn =
       Calotype({"sample", "--model", folder_ / "run", "--prompt", "x", "--steps", "2", "--backend",
@@ -505,6 +506,11 @@ TEST_F(AppTest, InfoAndGraph) {
   ProgramResult model = Calotype({"info", folder_ / "run"});
   EXPECT_THAT(model.out, AllOf(HasSubstr("U-Net"), HasSubstr("squaredcos_cap_v2"),
                                HasSubstr("checkpoint of step 6")));
+  // A run without a model folder: of a LoRA, or before its first checkpoint.
+  fs::rename(fs::path(folder_ / "run/model_index.json"), fs::path(folder_ / "run/aside.json"));
+  EXPECT_THAT(Calotype({"info", folder_ / "run"}).out,
+              AllOf(HasSubstr("run of 6 steps on "), HasSubstr("checkpoint of step 6")));
+  fs::rename(fs::path(folder_ / "run/aside.json"), fs::path(folder_ / "run/model_index.json"));
   ProgramResult tensors =
       Calotype({"info", folder_ / "run/unet/diffusion_pytorch_model.safetensors"});
   EXPECT_THAT(tensors.out, AllOf(HasSubstr("conv_in.weight"), HasSubstr("[8, 3, 3, 3]")));
@@ -565,7 +571,7 @@ TEST_F(UNetFolderTest, GivesTheGoldenOutput) {
 
 TEST_F(UNetFolderTest, WritesFigures) {
   ASSERT_EQ(Run({"--repeat", "3", "--json", folder_ / "unet.json"}).code, 0);
-  json figures = json::parse(ReadText(folder_ / "unet.json"));
+  json figures = ParseJson(ReadText(folder_ / "unet.json"));
   EXPECT_EQ(figures["calls"], 3);
   EXPECT_EQ(figures["backend"], "jit");
   EXPECT_EQ(figures["winograd"], "auto");
@@ -643,7 +649,7 @@ TEST_F(UNetFolderTest, CallsOnDemand) {
   ASSERT_EQ(result.code, 0) << result.err;
   std::istringstream lines(result.out);
   std::vector<json> answers;
-  for (std::string line; std::getline(lines, line);) answers.push_back(json::parse(line));
+  for (std::string line; std::getline(lines, line);) answers.push_back(ParseJson(line));
   ASSERT_EQ(answers.size(), 3u);
   EXPECT_EQ(answers[0]["calls"], 1);
   EXPECT_EQ(answers[1]["ms"].size(), 1u);
@@ -682,7 +688,7 @@ TEST_F(AppTest, BenchWritesFiguresProfileAndTrace) {
                 folder_ / "bench.json", "--trace", folder_ / "trace.json"});
   ASSERT_EQ(result.code, 0) << result.err;
   EXPECT_THAT(result.out, AllOf(HasSubstr("CPU ms"), HasSubstr("contraction")));
-  json report = json::parse(ReadText(folder_ / "bench.json"));
+  json report = ParseJson(ReadText(folder_ / "bench.json"));
   EXPECT_EQ(report["threads"], 2);
   EXPECT_EQ(report["winograd"], "off");
   double peak = 0;
@@ -718,7 +724,7 @@ TEST_F(AppTest, BenchWritesFiguresProfileAndTrace) {
   EXPECT_NEAR(percent, 100, 1e-6);
 
   // The trace: each step is there, as many chunks as it has, inside the process of the row.
-  json trace = json::parse(ReadText(folder_ / "trace.json"));
+  json trace = ParseJson(ReadText(folder_ / "trace.json"));
   std::map<int, int64_t> chunks;
   int names = 0;
   for (const json& event : trace["traceEvents"]) {
@@ -742,7 +748,7 @@ TEST_F(AppTest, BenchOfKernels) {
   ProgramResult result = Calotype({"bench", "--kernels", "--only", "cross-attention", "--seconds",
                                    "0", "--threads", "1", "--json", folder_ / "bench.json"});
   ASSERT_EQ(result.code, 0) << result.err;
-  json report = json::parse(ReadText(folder_ / "bench.json"));
+  json report = ParseJson(ReadText(folder_ / "bench.json"));
   ASSERT_EQ(report["rows"].size(), 1u);
   EXPECT_EQ(report["rows"][0]["what"], "kernel");
   EXPECT_EQ(report["rows"][0]["flop"], 2.0 * 2 * 8 * 4096 * 77 * 40);
@@ -761,8 +767,8 @@ TEST_F(AppTest, DemoWritesEverything) {
   ProgramResult result = Calotype({"demo", "--out", folder_ / "demo", "--steps", "2",
                                    "--sampling-steps", "2", "--seeds-per-caption", "1", "--quiet"});
   ASSERT_EQ(result.code, 0) << result.err;
-  json summary = json::parse(ReadText(folder_ / "demo/summary.json"));
-  EXPECT_EQ(json::parse(result.out), summary);
+  json summary = ParseJson(ReadText(folder_ / "demo/summary.json"));
+  EXPECT_EQ(ParseJson(result.out), summary);
   for (const char* key : {"caption_accuracy", "caption_accuracy_shape", "caption_accuracy_color",
                           "caption_accuracy_size", "caption_accuracy_background", "train_seconds",
                           "steps", "final_loss", "compile_seconds", "eager_ms_b1", "jit_ms_b1",
@@ -795,7 +801,7 @@ TEST_F(AppTest, DemoWritesEverything) {
   again.push_back("--resume");
   ProgramResult resumed = Calotype(again);
   ASSERT_EQ(resumed.code, 0) << resumed.err;
-  json second = json::parse(ReadText(folder_ / "demo/summary.json"));
+  json second = ParseJson(ReadText(folder_ / "demo/summary.json"));
   for (const char* key : {"caption_accuracy", "steps", "final_loss"})
     EXPECT_EQ(second[key], summary[key]) << key;
 }
