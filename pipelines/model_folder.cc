@@ -195,11 +195,8 @@ void AddListedWords(const std::map<std::string, std::string>& files, const fs::p
   auto take = [&](const char* name, const auto& from) {
     auto found = files.find(name);
     if (found == files.end()) return;
-    InFile(folder / name, [&] {
-      auto document = nlohmann::json::parse(found->second, nullptr, /*allow_exceptions=*/false);
-      Check(document.is_object(), "no JSON object");
-      from(document);
-    });
+    InFile(folder / name,
+           [&] { from(ParseJsonObject<ValueError>(found->second, "not a tokenizer")); });
   };
   take("tokenizer.json", [&](const nlohmann::json& document) {
     words.TakeDescribed(document.value("added_tokens", nlohmann::json::array()));

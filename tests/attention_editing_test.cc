@@ -4,10 +4,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "core/json.h"
 #include "core/parallel.h"
 #include "core/random.h"
 #include "graph/functions.h"
@@ -206,8 +206,7 @@ TEST_F(UNetHookTest, ProbabilitiesComeOutAndGoBackIn) {
 // ---------------------------------------------------------------- tables
 
 nlohmann::json Golden() {
-  std::ifstream file(std::string(CALOTYPE_TEST_DATA) + "/prompts/prompt_to_prompt.json");
-  return nlohmann::json::parse(file);
+  return ParseJson(test::ReadText(CALOTYPE_TEST_DATA "/prompts/prompt_to_prompt.json"));
 }
 
 PromptTokens FromGolden(const nlohmann::json& prompt, int64_t length) {
@@ -545,7 +544,7 @@ TEST(AttentionDemoTest, WritesFiguresAndPictures) {
   EXPECT_LT(summary.edited.color, .5);
   EXPECT_GT(summary.edited.overlap, .9);
   EXPECT_NEAR(summary.shape.median, 1, .1);
-  auto json = nlohmann::json::parse(std::ifstream(folder / "demo/edit.json"));
+  auto json = ParseJson(test::ReadText(folder / "demo/edit.json"));
   EXPECT_EQ(json["edited"]["pictures"], 80);
   EXPECT_EQ(json["heat_shape"]["median"], summary.shape.median);
   EXPECT_THAT(

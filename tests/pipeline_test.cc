@@ -1,5 +1,6 @@
 // Training and sampling: batches, runs that stop and continue, model folders, pictures from
 // prompts.
+#include "core/json.h"
 #include "pipelines/batch_source.h"
 
 #include <gmock/gmock.h>
@@ -170,9 +171,9 @@ TEST(TrainOptionsTest, RoundTripThroughJson) {
   EXPECT_EQ(ToJson(ParseTrainOptions(ToJson(options), "x")), ToJson(options));
   EXPECT_THAT(MessageOf<FileError>([] { ParseTrainOptions("{}", "run/train.json"); }),
               HasSubstr("run/train.json"));
-  nlohmann::json more = nlohmann::json::parse(ToJson(options));
+  nlohmann::json more = ParseJson(ToJson(options));
   more["colour"] = 1;
-  EXPECT_THAT(MessageOf<FileError>([&] { ParseTrainOptions(more.dump(), "x"); }),
+  EXPECT_THAT(MessageOf<FileError>([&] { ParseTrainOptions(JsonText(more), "x"); }),
               HasSubstr("colour"));
 }
 
@@ -262,9 +263,9 @@ TEST_F(PipelineTest, DamagedModelFoldersAreFileErrors) {
   EXPECT_THAT(text, HasSubstr("conv_extra.bias"));
   restore();
 
-  auto config = nlohmann::json::parse(ReadText(Folder("model") / "unet/config.json"));
+  auto config = ParseJson(ReadText(Folder("model") / "unet/config.json"));
   config["colour"] = "red";
-  test::WriteText(Folder("model") / "unet/config.json", config.dump());
+  test::WriteText(Folder("model") / "unet/config.json", JsonText(config));
   EXPECT_THAT(MessageOf<FileError>(load), HasSubstr("colour"));
   restore();
 

@@ -4,11 +4,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <set>
 
 #include "core/error.h"
+#include "core/json.h"
 #include "core/parallel.h"
 #include "io/safetensors.h"
 #include "models/prompt_a1111.h"
@@ -37,8 +37,7 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 nlohmann::json Golden(const std::string& name) {
-  std::ifstream file(std::string(CALOTYPE_TEST_DATA) + "/prompts/" + name);
-  return nlohmann::json::parse(file);
+  return ParseJson(test::ReadText(CALOTYPE_TEST_DATA "/prompts/" + name));
 }
 
 // Equal texts; weights equal but for the order of a product.

@@ -2,6 +2,7 @@
 // fixtures/stable_diffusion; make.py there says how the golden pictures were made), and what is
 // wrong with damaged folders and options.
 #include "pipelines/text_to_image.h"
+#include "core/json.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -109,13 +110,13 @@ GenerateOptions OptionsOf(const json& c) {
 
 // Every case on both back ends; the worst figures are printed.
 TEST_F(StableDiffusionTest, PicturesAreThoseOfDiffusers) {
-  const json cases = json::parse(ReadText(kFixtures / "cases.json")).at("cases");
+  const json cases = ParseJson(ReadText(kFixtures / "cases.json")).at("cases");
   const auto expected = ReadSafetensors(kFixtures / "results.safetensors").tensors;
   fs::path legacy = folder_ / "legacy";
   CopyFolder(Model(), legacy);
-  json schedule = json::parse(ReadText(legacy / "scheduler/scheduler_config.json"));
+  json schedule = ParseJson(ReadText(legacy / "scheduler/scheduler_config.json"));
   schedule.erase("steps_offset"), schedule.erase("clip_sample");
-  WriteText(legacy / "scheduler/scheduler_config.json", schedule.dump());
+  WriteText(legacy / "scheduler/scheduler_config.json", JsonText(schedule));
   ASSERT_EQ(cases.size() * 2, expected.size());
   for (Backend backend : {Backend::kEager, Backend::kJit}) {
     std::map<std::string, std::unique_ptr<TextToImagePipeline>> pipelines;
@@ -177,7 +178,7 @@ TEST_F(StableDiffusionTest, AFolderIsWrittenAsItWasRead) {
   DiffusionModel::Load(Inpaint())->Save(folder_ / "inpaint-again");
   for (auto [name, type] : {std::pair{"again", "StableDiffusionPipeline"},
                             {"inpaint-again", "StableDiffusionInpaintPipeline"}}) {
-    const json index = json::parse(ReadText(folder_ / name / "model_index.json"));
+    const json index = ParseJson(ReadText(folder_ / name / "model_index.json"));
     EXPECT_EQ(index.at("_class_name"), type);
     EXPECT_EQ(index.at("tokenizer"), json::array({"transformers", "CLIPTokenizer"}));
   }
@@ -192,7 +193,7 @@ TEST_F(StableDiffusionTest, AConvertedFileIsAModel) {
   auto model = DiffusionModel::Load(back);
   EXPECT_TRUE(model->takes_mask());
   EXPECT_EQ(model->caption_tokens(), 77);
-  EXPECT_EQ(json::parse(ReadText(back / "model_index.json")).at("_class_name"),
+  EXPECT_EQ(ParseJson(ReadText(back / "model_index.json")).at("_class_name"),
             "StableDiffusionInpaintPipeline");
 }
 
@@ -206,7 +207,7 @@ TEST_F(StableDiffusionTest, AnErrorLeavesClipSkipAsItWas) {
 TEST_F(StableDiffusionTest, TheFastTokenizersFileIsEnough) {
   auto model = DiffusionModel::Load(Model());
   json fast = {{"model", {{"type", "BPE"}, {"merges", json::array()}}}};
-  fast["model"]["vocab"] = json::parse(ReadText(Model() / "tokenizer/vocab.json"));
+  fast["model"]["vocab"] = ParseJson(ReadText(Model() / "tokenizer/vocab.json"));
   std::istringstream lines(ReadText(Model() / "tokenizer/merges.txt"));
   std::string line;
   std::getline(lines, line);
@@ -215,17 +216,17 @@ TEST_F(StableDiffusionTest, TheFastTokenizersFileIsEnough) {
     fast["model"]["merges"].push_back({line.substr(0, space), line.substr(space + 1)});
   }
   fs::remove(Model() / "tokenizer/vocab.json"), fs::remove(Model() / "tokenizer/merges.txt");
-  WriteText(Model() / "tokenizer/tokenizer.json", fast.dump());
+  WriteText(Model() / "tokenizer/tokenizer.json", JsonText(fast));
   auto other = DiffusionModel::Load(Model());
   const std::vector<std::string> texts{"The red cat lower.", "a caf\xc3\xa9", ""};
   Tensor a = model->Tokens(texts, {}), b = other->Tokens(texts, {});
   EXPECT_EQ(std::memcmp(a.raw(), b.raw(), static_cast<size_t>(a.bytes())), 0);
   other->Save(folder_ / "again");
-  EXPECT_EQ(json::parse(ReadText(folder_ / "again/model_index.json")).at("tokenizer"),
+  EXPECT_EQ(ParseJson(ReadText(folder_ / "again/model_index.json")).at("tokenizer"),
             json::array({"transformers", "CLIPTokenizerFast"}));
   DiffusionModel::Load(folder_ / "again");
   fast["model"]["type"] = "Unigram";
-  WriteText(Model() / "tokenizer/tokenizer.json", fast.dump());
+  WriteText(Model() / "tokenizer/tokenizer.json", JsonText(fast));
   EXPECT_THAT(MessageOf<UnsupportedError>([&] { DiffusionModel::Load(Model()); }),
               AllOf(HasSubstr("tokenizer.json"), HasSubstr("Unigram")));
 }
