@@ -79,7 +79,7 @@ void Run(Command& command, bool quiet) {
   ProgressBar bar("draw", quiet);
   GenerateCallbacks callbacks = ShowSampling(bar);
   auto pipeline =
-      TextToImagePipeline::Load(command.model, ParseBackend(command.backend), {}, callbacks.warn);
+      TextToImagePipeline::Open(command.model, ParseBackend(command.backend), {}, callbacks.warn);
   std::vector<Image> pictures =
       TensorToImages(EditPictures(*pipeline, prompts, command.options, edit, callbacks));
   GenerateOptions drawn = command.options;

@@ -23,4 +23,11 @@ GenerateCallbacks ShowSampling(ProgressBar& bar) {
   return callbacks;
 }
 
+std::string Summary(const TrainResult& result) {
+  std::string text = fmt::format("{} steps in {}, loss {:.4f}", result.steps,
+                                 FormatDuration(result.seconds), result.final_loss);
+  if (result.validation) text += ", " + result.validation->ToString();
+  return text;
+}
+
 }  // namespace calotype::app

@@ -7,7 +7,6 @@
 #include "app/progress.h"
 #include "app/train_flags.h"
 #include "io/file.h"
-#include "pipelines/class_pictures.h"
 #include "pipelines/trainer.h"
 #include "pipelines/training_setup.h"
 
@@ -31,17 +30,13 @@ void Run(Command& command, bool quiet) {
     options = MergeForResume(ParseTrainOptions(ReadFile(stored), stored), options, chosen);
   }
   auto [data, model] = BeginTraining(options, chosen, flags.folder, flags.Resume(), {}, callbacks);
-  if (!flags.Resume()) DrawClassPictures(options, *model, callbacks);
   callbacks.message(fmt::format("{} captions, {} parameters, {} steps of {}", data->size(),
                                 model->ParameterCount(), options.max_train_steps,
                                 PicturesOfAStep(options)));
   TrainResult result =
       Trainer(*model, *data, options, flags.folder, flags.Resume(), callbacks).Run();
-  std::string validation = result.validation ? ", " + result.validation->ToString() : "";
-  callbacks.message(
-      fmt::format("{} steps in {}, loss {:.4f}{}; try: calotype sample --model {} --prompt \"{}\"",
-                  result.steps, FormatDuration(result.seconds), result.final_loss, validation,
-                  flags.folder.string(), data->caption(0)));
+  callbacks.message(fmt::format("{}; try: calotype sample --model {} --prompt \"{}\"",
+                                Summary(result), flags.folder.string(), data->caption(0)));
 }
 
 }  // namespace

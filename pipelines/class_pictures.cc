@@ -1,8 +1,10 @@
 #include "pipelines/class_pictures.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <set>
 #include <system_error>
+#include <vector>
 
 #include "io/image.h"
 #include "io/image_folder.h"
@@ -12,8 +14,14 @@
 
 namespace calotype {
 
-void DrawClassPictures(const TrainOptions& options, DiffusionModel& model,
-                       const TrainCallbacks& callbacks) {
+namespace {
+
+// Drawn together: the parts of the model are read once for as many.
+constexpr size_t kTogether = 4;
+
+}  // namespace
+
+void DrawClassPictures(const TrainOptions& options, const TrainCallbacks& callbacks) {
   namespace fs = std::filesystem;
   if (options.num_class_images == 0) return;
   const fs::path folder = options.class_data;
@@ -36,25 +44,31 @@ void DrawClassPictures(const TrainOptions& options, DiffusionModel& model,
   if (there >= options.num_class_images) return;
   message(fmt::format("drawing {} pictures of \"{}\" into {}", options.num_class_images - there,
                       options.class_prompt, folder.string()));
-  TextToImagePipeline pipeline(model, ParseBackend(options.backend));
+  auto pipeline = TextToImagePipeline::Open(options.model, ParseBackend(options.backend));
   const GenerateCallbacks drawing{
       .progress = {}, .cancelled = callbacks.cancelled, .warn = [&](const std::string& text) {
         message("warning: " + text);
       }};
-  for (int64_t i = 0; there < options.num_class_images; ++i) {
-    const fs::path path = folder / fmt::format("class-{:08}.png", i);
-    if (fs::exists(path, error)) continue;
-    GenerateOptions picture;
-    picture.prompts = {options.class_prompt};
-    picture.seeds = {options.seed + static_cast<uint64_t>(i)};
-    picture.width = picture.height = options.resolution;
+  for (int64_t i = 0; there < options.num_class_images;) {
+    GenerateOptions together;
+    together.width = together.height = options.resolution;
+    std::vector<fs::path> paths;
+    const int64_t missing = options.num_class_images - there;
+    for (; paths.size() < std::min(kTogether, static_cast<size_t>(missing)); ++i) {
+      const fs::path path = folder / fmt::format("class-{:08}.png", i);
+      if (fs::exists(path, error)) continue;
+      paths.push_back(path);
+      together.prompts.push_back(options.class_prompt);
+      together.seeds.push_back(options.seed + static_cast<uint64_t>(i));
+    }
+    std::vector<Image> pictures;
     try {
-      WritePng(path, TensorToImage(pipeline.Generate(picture, drawing)), {});
+      pictures = TensorToImages(pipeline->Generate(together, drawing));
     } catch (const CancelledError&) {
       Fail<CancelledError>("stopped after {} of {} pictures of the class; the next call goes on",
                            there, options.num_class_images);
     }
-    ++there;
+    for (size_t k = 0; k < paths.size(); ++k, ++there) WritePng(paths[k], pictures[k], {});
   }
 }
 

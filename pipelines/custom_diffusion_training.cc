@@ -4,8 +4,6 @@
 #include <utility>
 #include <vector>
 
-#include "io/atomic_file.h"
-#include "pipelines/class_pictures.h"
 #include "pipelines/custom_diffusion.h"
 #include "pipelines/custom_diffusion_dataset.h"
 #include "pipelines/target_options.h"
@@ -103,28 +101,31 @@ TrainResult TrainCustomDiffusion(CustomDiffusionTrainOptions custom, TrainOption
   std::vector<fs::path> results{folder / kCustomDiffusionFile};
   for (const std::string& word : SplitList(custom.modifier_token, '+'))
     results.push_back(FileOf(folder, word));
-  auto [pictures, model] = BeginTraining(options, chosen, folder, resume, results, callbacks);
+  auto add_words = [&](DiffusionModel& to, const Dataset& pictures) {
+    const CustomDiffusionDataset data(pictures, to.factor(), !custom.no_augmentation);
+    std::vector<Word> words = AddModifierTokens(to, custom);
+    CheckUsed(to, data, words);
+    return words;
+  };
+  auto [pictures, model] =
+      BeginTraining(options, chosen, folder, resume, results, callbacks, add_words);
   const CustomDiffusionDataset data(*pictures, model->factor(), !custom.no_augmentation);
-
-  const std::vector<Word> words = AddModifierTokens(*model, custom);
-  CheckUsed(*model, data, words);
+  const std::vector<Word> words = add_words(*model, *pictures);
   const bool copies = custom.freeze_model != "tokens";
   if (copies) AddCustomDiffusion(model->unet(), custom.freeze_model);
-  TrainTarget target{
-      .parameters = CustomDiffusionParameters(model->unet()),
-      .save =
-          [&](const fs::path& run) {
-            if (copies) SaveCustomDiffusion(run / kCustomDiffusionFile, model->unet());
-            for (const Word& word : words)
-              SaveWordEmbedding(FileOf(run, word.text), word.text, word.embedding->value());
-          },
-      .begin =
-          [&](const fs::path& run) {
-            WriteFile(run / kTrainCustomDiffusion.options_file, OptionsToJson(custom));
-          }};
+  TrainTarget target{.parameters = CustomDiffusionParameters(model->unet()),
+                     .save =
+                         [&](const fs::path& run) {
+                           if (copies)
+                             SaveCustomDiffusion(run / kCustomDiffusionFile, model->unet());
+                           for (const Word& word : words)
+                             SaveWordEmbedding(FileOf(run, word.text), word.text,
+                                               word.embedding->value());
+                         },
+                     .kind = kTrainCustomDiffusion,
+                     .own_options = OptionsToJson(custom)};
   for (const Word& word : words) target.parameters.push_back(word.embedding);
   if (options.scale_lr && !options.class_data.empty()) target.learning_rate_factor = 2;
-  if (!resume) DrawClassPictures(options, *model, callbacks);
   int64_t numbers = 0;
   for (const ParameterPtr& p : target.parameters) numbers += p->value().elements();
   message(fmt::format("{} pictures, {} new words, {} numbers to train, {} steps of {}", data.size(),

@@ -40,13 +40,13 @@ TrainOptions CustomDiffusionTrainDefaults();
 // Errors: ValueError naming the field, its value and what is allowed.
 void Validate(const CustomDiffusionTrainOptions& options);
 
-// Trains options.model in `folder`, see Trainer; the folder also holds custom_diffusion.json (the
-// options) and the result: kCustomDiffusionFile and WORD.safetensors for each word, written with
-// each checkpoint and at the end. scale_lr doubles the rate with class_data. With `resume`, the
-// options of the run count, as for TrainLora. Errors: ValueError without a model, for words that
-// the vocabulary has or that no caption uses, initializer tokens that are not as many, files that
-// would be overwritten and chosen options without effect; those of Trainer, MakeModel,
-// AddCustomDiffusion and CustomDiffusionDataset.
+// Trains options.model in `folder`, see Trainer; the folder also holds the result:
+// kCustomDiffusionFile and WORD.safetensors for each word, written with each checkpoint and at the
+// end. scale_lr doubles the rate with class_data. With `resume`, the options of the run count, as
+// for TrainLora. Errors: ValueError without a model, for words that the vocabulary has or that no
+// caption uses, initializer tokens that are not as many, files that would be overwritten and chosen
+// options without effect; those of Trainer, MakeModel, AddCustomDiffusion and
+// CustomDiffusionDataset.
 TrainResult TrainCustomDiffusion(CustomDiffusionTrainOptions custom, TrainOptions options,
                                  const std::filesystem::path& folder, bool resume = false,
                                  const std::set<std::string>& chosen = {},

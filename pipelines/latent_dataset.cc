@@ -23,11 +23,12 @@ ComputationGraph MomentsGraph(DiffusionModel& model, int64_t side) {
 }  // namespace
 
 LatentDataset::LatentDataset(const Dataset& pictures, DiffusionModel& model, Backend backend,
-                             bool cache)
+                             bool cache, const std::filesystem::path& disk, WarningCallback warn)
     : pictures_(pictures),
       side_(static_cast<int>(pictures.side() / model.factor())),
       channels_(static_cast<int>(model.channels())),
-      cache_(cache) {
+      cache_(cache),
+      warn_(std::move(warn)) {
   Check(model.vae() != nullptr, "latents: the model has no autoencoder");
   Check(pictures.channels() == 3 && pictures.side() % model.factor() == 0,
         "latents: the pictures have {} channels and {} pixels a side, expected 3 and a multiple of "
@@ -45,6 +46,8 @@ LatentDataset::LatentDataset(const Dataset& pictures, DiffusionModel& model, Bac
     }
     moments_.resize(static_cast<size_t>(pictures.size()));
   }
+  Check(cache_ || disk.empty(), "latents: a folder to keep them in, but they are not kept");
+  if (!disk.empty()) disk_.emplace(disk, *model.vae(), NameOf(backend));
   encoder_ = std::make_unique<GraphRunner>(MomentsGraph(model, pictures.side()), backend);
 }
 
@@ -60,22 +63,35 @@ Dataset::Drawn LatentDataset::draw(int64_t index, Random& random) const {
 }
 
 Tensor LatentDataset::Encode(int64_t index, const Tensor& picture, Random& random) const {
-  Moments computed;
-  Moments& moments = cache_ ? moments_[static_cast<size_t>(index)] : computed;
-  if (!moments.mean.defined()) {
-    std::vector<Tensor> inputs{picture.Reshape({1, 3, pictures_.side(), pictures_.side()})};
-    std::vector<Tensor> outputs = encoder_->Run(inputs);
-    moments = {outputs[0], outputs[1]};
-  }
+  LatentMoments computed;
+  LatentMoments& moments = cache_ ? moments_[static_cast<size_t>(index)] : computed;
+  if (!moments.mean.defined()) moments = MomentsOf(picture);
   Tensor latents = random.NormalTensor({channels_, side_, side_});
   const float *mean = moments.mean.data(), *std = moments.std.data();
   for (float& x : latents.values()) x = (*mean++ + *std++ * x - shift_) * scale_;
   return latents;
 }
 
+LatentMoments LatentDataset::MomentsOf(const Tensor& picture) const {
+  std::filesystem::path entry;
+  if (disk_) {
+    entry = disk_->PathOf(picture);
+    std::string damaged;
+    std::optional<LatentMoments> kept = disk_->Read(entry, &damaged);
+    if (!damaged.empty() && warn_) warn_(damaged + "; computed anew");
+    if (kept) return *kept;
+  }
+  std::vector<Tensor> inputs{picture.Reshape({1, 3, pictures_.side(), pictures_.side()})};
+  std::vector<Tensor> outputs = encoder_->Run(inputs);
+  ++encoded_;
+  LatentMoments moments{outputs[0], outputs[1]};
+  if (disk_) disk_->Write(entry, moments);
+  return moments;
+}
+
 int64_t LatentDataset::cached() const {
   return std::count_if(moments_.begin(), moments_.end(),
-                       [](const Moments& moments) { return moments.mean.defined(); });
+                       [](const LatentMoments& moments) { return moments.mean.defined(); });
 }
 
 Tensor EmbedTokens(DiffusionModel& model, const Tensor& tokens, Backend backend) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <span>
@@ -12,6 +13,7 @@
 #include "io/dataset.h"
 #include "pipelines/diffusion_model.h"
 #include "pipelines/graph_runner.h"
+#include "pipelines/latent_cache.h"
 
 namespace calotype {
 
@@ -21,9 +23,12 @@ class LatentDataset : public Dataset {
  public:
   // Keeps references to both. With `cache`, mean and std of a picture are computed when it is drawn
   // first and kept in memory (2 C side^2 numbers a picture), with the same latents as without.
-  // Errors: ValueError if the model has no autoencoder, if the side of the pictures is no multiple
-  // of model.factor(), or if `cache` is on and a picture is drawn differently each time.
-  LatentDataset(const Dataset& pictures, DiffusionModel& model, Backend backend, bool cache);
+  // With `disk`, a folder, they are also kept there, see LatentCache; entries that are damaged are
+  // computed anew, of which `warn` hears. Errors: ValueError if the model has no autoencoder, if
+  // the side of the pictures is no multiple of model.factor(), or if `cache` is on and a picture is
+  // drawn differently each time; FileError if `disk` cannot be written.
+  LatentDataset(const Dataset& pictures, DiffusionModel& model, Backend backend, bool cache,
+                const std::filesystem::path& disk = {}, WarningCallback warn = {});
 
   int64_t size() const override { return pictures_.size(); }
   int side() const override { return side_; }
@@ -35,20 +40,22 @@ class LatentDataset : public Dataset {
   Tensor image(int64_t index, Random& random) const override;
   Drawn draw(int64_t index, Random& random) const override;
   bool masked() const override { return pictures_.masked(); }
-  int64_t cached() const;  // pictures whose distribution is kept
+  int64_t cached() const;                       // pictures whose distribution is kept
+  int64_t encoded() const { return encoded_; }  // calls of the autoencoder so far
 
  private:
   Tensor Encode(int64_t index, const Tensor& picture, Random& random) const;
+  LatentMoments MomentsOf(const Tensor& picture) const;
 
   const Dataset& pictures_;
   int side_, channels_;
   float scale_, shift_;
   bool cache_;
   std::unique_ptr<GraphRunner> encoder_;
-  struct Moments {
-    Tensor mean, std;
-  };
-  mutable std::vector<Moments> moments_;  // undefined: not there yet
+  std::optional<LatentCache> disk_;
+  WarningCallback warn_;
+  mutable std::vector<LatentMoments> moments_;  // undefined: not there yet
+  mutable int64_t encoded_ = 0;
 };
 
 // The embeddings [rows, L, D] of token rows i64 [rows, L]; equal rows are computed once.

@@ -2,8 +2,6 @@
 
 #include <cmath>
 
-#include "io/atomic_file.h"
-#include "pipelines/class_pictures.h"
 #include "pipelines/lora.h"
 #include "pipelines/target_options.h"
 #include "pipelines/training_setup.h"
@@ -30,6 +28,22 @@ fs::path LoraFileOf(const fs::path& folder, std::string_view format) {
          (format == "kohya" ? "lora_kohya.safetensors" : "pytorch_lora_weights.safetensors");
 }
 
+namespace {
+
+int64_t AddTerms(DiffusionModel& model, const LoraTrainOptions& lora, uint64_t seed) {
+  LoraConfig config{.rank = lora.rank, .targets = SplitList(lora.targets, ','), .seed = seed};
+  if (lora.alpha > 0) config.alpha = lora.alpha;
+  if (lora.train_text_encoder) {
+    config.text_encoder_targets = SplitList(lora.text_encoder_targets, ',');
+    if (config.text_encoder_targets.empty() && model.text_encoder())
+      config.text_encoder_targets = {"q_proj", "k_proj", "v_proj", "out_proj"};
+    if (config.text_encoder_targets.empty()) config.text_encoder_targets = config.targets;
+  }
+  return AddLora(LoraModelOf(model), config);
+}
+
+}  // namespace
+
 TrainResult TrainLora(LoraTrainOptions lora, TrainOptions options, const fs::path& folder,
                       bool resume, const std::set<std::string>& chosen, TrainCallbacks callbacks) {
   if (resume) OptionsForResume(folder, kTrainLora, lora, options, chosen);
@@ -41,30 +55,19 @@ TrainResult TrainLora(LoraTrainOptions lora, TrainOptions options, const fs::pat
   Check(!options.train_text_encoder,
         "training: train_text_encoder is an option of the LoRA, not of what it is trained with");
   const std::vector<fs::path> results{LoraFileOf(folder, lora.format)};
-  auto [data, model] = BeginTraining(options, chosen, folder, resume, results, callbacks);
-
-  LoraModel target = LoraModelOf(*model);
-  LoraConfig config{
-      .rank = lora.rank, .targets = SplitList(lora.targets, ','), .seed = options.seed};
-  if (lora.alpha > 0) config.alpha = lora.alpha;
-  if (lora.train_text_encoder) {
-    config.text_encoder_targets = SplitList(lora.text_encoder_targets, ',');
-    if (config.text_encoder_targets.empty() && model->text_encoder())
-      config.text_encoder_targets = {"q_proj", "k_proj", "v_proj", "out_proj"};
-    if (config.text_encoder_targets.empty()) config.text_encoder_targets = config.targets;
-  }
-  int64_t terms = AddLora(target, config);
+  auto [data, model] = BeginTraining(
+      options, chosen, folder, resume, results, callbacks,
+      [&](DiffusionModel& opened, const Dataset&) { AddTerms(opened, lora, options.seed); });
+  const int64_t terms = AddTerms(*model, lora, options.seed);
+  const LoraModel target = LoraModelOf(*model);
   TrainTarget trained{.parameters = LoraParameters(target),
                       .save =
                           [&](const fs::path& run) {
                             SaveLora(LoraFileOf(run, lora.format), CollectLora(target),
                                      ParseLoraDialect(lora.format));
                           },
-                      .begin =
-                          [&](const fs::path& run) {
-                            WriteFile(run / kTrainLora.options_file, OptionsToJson(lora));
-                          }};
-  if (!resume) DrawClassPictures(options, *model, callbacks);
+                      .kind = kTrainLora,
+                      .own_options = OptionsToJson(lora)};
   int64_t numbers = 0;
   for (const ParameterPtr& p : trained.parameters) numbers += p->value().elements();
   message(fmt::format("{} captions, {} terms of {} numbers beside {} parameters, {} steps of {}",

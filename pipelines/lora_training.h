@@ -45,12 +45,12 @@ TrainOptions LoraTrainDefaults();
 // lora_kohya.safetensors.
 std::filesystem::path LoraFileOf(const std::filesystem::path& folder, std::string_view format);
 
-// Trains terms for options.model in `folder`, see Trainer; the folder also holds lora.json (the
-// LoRA options) and the LoRA file, written with each checkpoint and at the end. With `resume`, the
-// options of the run count; those given must be the same where `chosen` (names of LoraTrainOptions'
-// and TrainOptions' fields) has them, except for TrainOptions' resumable fields. Errors: ValueError
-// without a model, for a LoRA file that would be overwritten and for chosen options without effect;
-// those of Trainer, MakeModel and AddLora.
+// Trains terms for options.model in `folder`, see Trainer; the folder also holds the LoRA file,
+// written with each checkpoint and at the end. With `resume`, the options of the run count; those
+// given must be the same where `chosen` (names of LoraTrainOptions' and TrainOptions' fields) has
+// them, except for TrainOptions' resumable fields. Errors: ValueError without a model, for a LoRA
+// file that would be overwritten and for chosen options without effect; those of Trainer, MakeModel
+// and AddLora.
 TrainResult TrainLora(LoraTrainOptions lora, TrainOptions options,
                       const std::filesystem::path& folder, bool resume = false,
                       const std::set<std::string>& chosen = {}, TrainCallbacks callbacks = {});

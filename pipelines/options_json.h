@@ -1,5 +1,5 @@
-// A struct of options as the JSON file of a run folder: one with a static Visit(options, f) that
-// calls f(name, field, ...) for each field.
+// A struct of options as JSON, a file of its own or a section of one: one with a static
+// Visit(options, f) that calls f(name, field, ...) for each field.
 #pragma once
 
 #include <filesystem>
@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "core/error.h"
+#include "core/json.h"
 #include "io/file.h"
 
 namespace calotype {
@@ -23,32 +24,38 @@ nlohmann::ordered_json OptionsDocument(const Options& options) {
 
 template <class Options>
 std::string OptionsToJson(const Options& options) {
-  return OptionsDocument(options).dump(2) + "\n";
+  return JsonFile(OptionsDocument(options));
 }
 
-// `path` is for errors: FileError naming the file and a missing, wrong or unknown field.
+// The options of the object `section` of the text, or, if that is empty, of all of it except the
+// objects named in `sections`. `path` is for errors: FileError naming the file and a missing, wrong
+// or unknown field.
 template <class Options>
-Options ParseOptions(std::string_view text, const std::filesystem::path& path) {
+Options ParseOptions(std::string_view text, const std::filesystem::path& path,
+                     const std::string& section = "", std::set<std::string> sections = {}) {
   Options options;
   try {
-    auto document = nlohmann::ordered_json::parse(text);
+    auto document = ParseJsonObject(text, path.string() + ": not a training options file");
+    if (!section.empty()) document = nlohmann::json(document.at(section));
     Check<FileError>(document.is_object(), "{}: not a training options file", path.string());
-    std::set<std::string> known;
+    std::set<std::string>& known = sections;
+    const std::string prefix = section.empty() ? "" : section + ".";
     Options::Visit(options, [&](const char* name, auto& field, auto...) {
       known.insert(name);
       Check<FileError>(document.contains(name),
-                       "{}: the field `{}` is missing; a run of an earlier version of the program "
-                       "cannot be continued",
-                       path.string(), name);
+                       "{}: the field `{}{}` is missing; a run of an earlier version of the "
+                       "program cannot be continued",
+                       path.string(), prefix, name);
       try {
         document.at(name).get_to(field);
       } catch (const nlohmann::json::exception&) {
-        Fail<FileError>("{}: the field `{}` is {}, of the wrong type", path.string(), name,
-                        document.at(name).dump());
+        Fail<FileError>("{}: the field `{}{}` is {}, of the wrong type", path.string(), prefix,
+                        name, JsonText(document.at(name)));
       }
     });
     for (const auto& [name, value] : document.items()) {
-      Check<FileError>(known.count(name) == 1, "{}: unknown field {}", path.string(), Quoted(name));
+      Check<FileError>(known.count(name) == 1, "{}: unknown field {}", path.string(),
+                       Quoted(prefix + name));
     }
   } catch (const nlohmann::json::exception& e) {
     Fail<FileError>("{}: not a training options file: {}", path.string(), e.what());

@@ -1,5 +1,5 @@
-// The options of what a run trains besides TrainOptions (LoRA, Custom Diffusion), in a file of the
-// run folder: a struct with a Visit(options, f) that calls f(name, field, help) for each field.
+// The options of what a run trains besides TrainOptions (LoRA, Custom Diffusion), an object of its
+// train.json: a struct with a Visit(options, f) that calls f(name, field, help) for each field.
 #pragma once
 
 #include <filesystem>
@@ -27,24 +27,24 @@ inline TrainOptions TargetTrainDefaults(double learning_rate) {
   return options;
 }
 
-// For a continued run of that kind: both kinds of options as its files have them, with
+// For a continued run of that kind: both kinds of options as its train.json has them, with
 // TrainOptions' resumable fields as given. Errors: ValueError naming a chosen field that differs
 // and may not, and as CheckResumes; FileError.
 template <class Options>
 void OptionsForResume(const std::filesystem::path& folder, const TrainingKind& kind, Options& own,
                       TrainOptions& options, const std::set<std::string>& chosen) {
   CheckResumes(kind, folder);
-  const std::filesystem::path own_path = folder / kind.options_file;
-  const auto stored = ParseOptions<Options>(ReadFile(own_path, 1 << 20), own_path);
+  const std::filesystem::path path = folder / "train.json";
+  const std::string text = ReadFile(path, 1 << 20);
+  const auto stored = ParseOptions<Options>(text, path, kind.section);
   const auto given = OptionsDocument(own), kept = OptionsDocument(stored);
   for (const auto& [name, value] : kept.items()) {
     Check(chosen.count(name) == 0 || given.at(name) == value,
           "resume: {} is {} here and {} in the run; a continued run keeps it", name,
-          given.at(name).dump(), value.dump());
+          JsonText(given.at(name)), JsonText(value));
   }
   own = stored;
-  const std::filesystem::path path = folder / "train.json";
-  options = MergeForResume(ParseTrainOptions(ReadFile(path), path), options, chosen);
+  options = MergeForResume(ParseTrainOptions(text, path), options, chosen);
 }
 
 }  // namespace calotype

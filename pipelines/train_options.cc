@@ -7,6 +7,7 @@
 #include <variant>
 
 #include "core/error.h"
+#include "core/json.h"
 #include "pipelines/options_json.h"
 
 namespace calotype {
@@ -46,6 +47,7 @@ void CheckEffect(const TrainOptions& o, const std::set<std::string>& chosen) {
           "training: {} has no effect on the model in {}", field, o.model);
   }
   check("cache_latents", !o.model.empty() || !o.vae.empty(), "model or vae");
+  check("cache_latents_to_disk", !o.model.empty() || !o.vae.empty(), "model or vae");
   check("lr_num_cycles", o.lr_scheduler == "cosine_with_restarts",
         "lr_scheduler cosine_with_restarts");
   check("lr_power", o.lr_scheduler == "polynomial", "lr_scheduler polynomial");
@@ -62,6 +64,7 @@ void CheckEffect(const TrainOptions& o, const std::set<std::string>& chosen) {
   check("instance_prompt", o.data != "shapes", "a folder of data");
   check("train_text_encoder", !o.model.empty(), "model");
   const bool folder = o.data != "shapes" || (!o.class_data.empty() && o.class_data != "shapes");
+  check("cache_latents_to_disk", folder, "a folder of pictures");
   check("center_crop", folder, "a folder of pictures");
   check("random_flip", folder, "a folder of pictures");
 }
@@ -168,10 +171,24 @@ TrainOptions MergeForResume(const TrainOptions& stored, const TrainOptions& give
   return merged;
 }
 
-std::string ToJson(const TrainOptions& options) { return OptionsToJson(options); }
+std::string ToJson(const TrainOptions& options, const TrainingKind& kind, std::string_view own) {
+  ordered_json document = OptionsDocument(options);
+  if (kind.section) document[kind.section] = ParseJson<ordered_json>(own);
+  return JsonFile(document);
+}
 
 TrainOptions ParseTrainOptions(std::string_view text, const std::filesystem::path& path) {
-  return ParseOptions<TrainOptions>(text, path);
+  return ParseOptions<TrainOptions>(text, path, "",
+                                    {kTrainLora.section, kTrainCustomDiffusion.section});
+}
+
+TrainingKind ParseTrainingKind(std::string_view text, const std::filesystem::path& path) {
+  const auto document = ParseJsonObject(text, path.string() + ": not a training options file");
+  const bool lora = document.contains(kTrainLora.section),
+             custom = document.contains(kTrainCustomDiffusion.section);
+  Check<FileError>(!lora || !custom, "{}: has both `{}` and `{}`, a run is one of them",
+                   path.string(), kTrainLora.section, kTrainCustomDiffusion.section);
+  return lora ? kTrainLora : custom ? kTrainCustomDiffusion : kTrain;
 }
 
 std::vector<std::string> SplitList(const std::string& text, char separator) {

@@ -26,6 +26,7 @@ struct TrainOptions {
   bool center_crop = false;
   bool random_flip = false;
   bool cache_latents = false;
+  bool cache_latents_to_disk = false;
 
   // The forward process.
   std::string prediction_type = "v_prediction";
@@ -99,6 +100,8 @@ struct TrainOptions {
     f("random_flip", o.random_flip, "Mirror every other picture, at random", false);
     f("cache_latents", o.cache_latents,
       "Keep what the autoencoder makes of each picture instead of computing it at each draw", true);
+    f("cache_latents_to_disk", o.cache_latents_to_disk,
+      "The same, and for later runs, too: in the folder .latents beside the pictures", true);
     f("prediction_type", o.prediction_type,
       "What the U-Net predicts: epsilon, v_prediction, sample", false);
     f("beta_schedule", o.beta_schedule, "linear, scaled_linear or squaredcos_cap_v2", false);
@@ -196,10 +199,23 @@ void Validate(const TrainOptions& options);
 void CheckChosen(const TrainOptions& options, const std::set<std::string>& chosen);
 // True if a given model decides the field of that name, so that it can only be set for a new one.
 bool DecidedByTheModel(std::string_view field);
-// The text of a train.json, and back. Errors: FileError naming the file and an unknown, missing or
-// wrong field.
-std::string ToJson(const TrainOptions& options);
+
+// A training command, and the object of train.json that holds what it has besides TrainOptions.
+struct TrainingKind {
+  const char* command;
+  const char* section = nullptr;  // none: nothing
+};
+constexpr TrainingKind kTrain{"train"};
+constexpr TrainingKind kTrainLora{"train lora", "lora"};
+constexpr TrainingKind kTrainCustomDiffusion{"train custom-diffusion", "custom_diffusion"};
+
+// The text of a train.json, written at once, so that a folder holds a whole run or none; `own` is
+// the JSON of the kind's object. And back. Errors: FileError naming the file and an unknown,
+// missing or wrong field.
+std::string ToJson(const TrainOptions& options, const TrainingKind& kind = kTrain,
+                   std::string_view own = {});
 TrainOptions ParseTrainOptions(std::string_view json, const std::filesystem::path& path);
+TrainingKind ParseTrainingKind(std::string_view json, const std::filesystem::path& path);
 
 // The parts of "a,b" with the separator ','. Empty ones are left out.
 std::vector<std::string> SplitList(const std::string& text, char separator);

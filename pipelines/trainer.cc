@@ -16,6 +16,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "core/json.h"
 #include "core/parallel.h"
 #include "io/atomic_file.h"
 #include "io/checkpoint.h"
@@ -136,10 +137,18 @@ bool EmbedsBefore(DiffusionModel& model, const Dataset& data,
   return rows * model.caption_tokens() * model.context_width() * 4 <= kMostEmbeddingBytes;
 }
 
+// `source`: what `data` was opened from.
 std::unique_ptr<LatentDataset> LatentsOf(DiffusionModel& model, const Dataset& data,
-                                         const TrainOptions& o) {
+                                         const std::string& source, const TrainOptions& o,
+                                         const TrainCallbacks& callbacks) {
   if (!model.vae()) return nullptr;
-  return std::make_unique<LatentDataset>(data, model, ParseBackend(o.backend), o.cache_latents);
+  fs::path disk;
+  if (o.cache_latents_to_disk && source != "shapes") disk = fs::path(source) / ".latents";
+  return std::make_unique<LatentDataset>(data, model, ParseBackend(o.backend),
+                                         o.cache_latents || o.cache_latents_to_disk, disk,
+                                         [message = callbacks.message](const std::string& text) {
+                                           if (message) message("warning: " + text);
+                                         });
 }
 
 // What the captions of `data`, which is called `name`, are to the model. Words that it does not
@@ -160,6 +169,23 @@ Tensor CaptionText(DiffusionModel& model, const Dataset& data, const std::string
                                   warnings > kShown ? "; ..." : ""));
   }
   return embed ? EmbedTokens(model, tokens, backend) : tokens;
+}
+
+// The lines of a metrics.jsonl, if it is there, that are whole, with their steps.
+std::vector<std::pair<int64_t, std::string>> MetricsLines(const fs::path& path) {
+  std::vector<std::pair<int64_t, std::string>> lines;
+  if (!fs::exists(path)) return lines;
+  const std::string text = ReadFile(path);
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = text.find('\n', begin);
+    if (end == std::string::npos) break;
+    std::string line = text.substr(begin, end + 1 - begin);
+    const auto record = ParseJson(line);
+    if (record.is_object() && record.contains("step") && record["step"].is_number_integer())
+      lines.emplace_back(record["step"].get<int64_t>(), std::move(line));
+    begin = end + 1;
+  }
+  return lines;
 }
 
 BatchSource::Options BatchOptions(const TrainOptions& o, const NoiseSchedule& schedule) {
@@ -208,8 +234,8 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
       options_((CheckRun(options, folder, resume, !target.save), options)),
       folder_(std::move(folder)),
       callbacks_(std::move(callbacks)),
-      target_{TrainedParameters(model, target), std::move(target.save), std::move(target.begin),
-              target.learning_rate_factor},
+      target_{TrainedParameters(model, target), std::move(target.save), target.kind,
+              std::move(target.own_options), target.learning_rate_factor},
       backend_(ParseBackend(options.backend)),
       schedule_(model.scheduler()),
       class_data_(OpenClassDataset(
@@ -218,7 +244,7 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
           .side = data.side() / model.factor(),
           .embeddings = EmbedsBefore(model, data, target_.parameters) &&
                         (!class_data_ || EmbedsBefore(model, *class_data_, target_.parameters))},
-      latents_(LatentsOf(model, data, options)),
+      latents_(LatentsOf(model, data, options.data, options, callbacks_)),
       batches_(latents_ ? *latents_ : data,
                CaptionText(model, data, options.data, inputs_.embeddings, backend_, callbacks_),
                BatchOptions(options, schedule_)),
@@ -227,7 +253,7 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
     Check(class_data_->side() == data.side(),
           "training: the pictures of the data have {} pixels a side, those of class_data {}",
           data.side(), class_data_->side());
-    class_latents_ = LatentsOf(model, *class_data_, options);
+    class_latents_ = LatentsOf(model, *class_data_, options.class_data, options, callbacks_);
     BatchSource::Options batches = BatchOptions(options, schedule_);
     batches.validation_fraction = 0;
     batches.seed = ~batches.seed;  // other noise than that of the data
@@ -253,8 +279,7 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
     CheckRun(options_, folder_, resume, !target_.save);
     MakeFolder(folder_ / "checkpoints");
     lock_ = LockFolder(folder_);
-    if (target_.begin) target_.begin(folder_);
-    WriteFile(folder_ / "train.json", ToJson(options_));
+    WriteFile(folder_ / "train.json", ToJson(options_, target_.kind, target_.own_options));
   }
   OpenMetrics();
 }
@@ -275,8 +300,18 @@ void Trainer::Resume() {
   MergeForResume(ParseTrainOptions(ReadFile(path), path), options_, all);
   auto checkpoint = ReadLatestCheckpoint(folder_ / "checkpoints",
                                          [&](const std::string& text) { Message(text); });
-  Check<FileError>(checkpoint.has_value(), "{}: no checkpoint to resume from",
-                   (folder_ / "checkpoints").string());
+  if (!checkpoint) {
+    // Killed before the first one. Weights and streams are those that the run began with.
+    int64_t last = 0, first = options_.checkpointing_steps;
+    if (first == 0) first = options_.max_train_steps;
+    for (const auto& [step, line] : MetricsLines(folder_ / "metrics.jsonl"))
+      last = std::max(last, step);
+    Check<FileError>(last <= std::min(first, options_.max_train_steps),
+                     "{}: no checkpoint to resume from, although the run was at step {}",
+                     (folder_ / "checkpoints").string(), last);
+    Message("the run was stopped before its first checkpoint and begins again");
+    return;
+  }
   std::map<std::string, Tensor> parameters, state, averages;
   for (const auto& [name, tensor] : checkpoint->tensors) {
     auto& target = name.rfind("optimizer.", 0) == 0 ? state
@@ -288,8 +323,8 @@ void Trainer::Resume() {
     SetValuesByName(optimizer_->parameters(), parameters);
     SetValuesByName(optimizer_->state(), state);
     SetValuesByName(ema_ ? std::span(ema_->state()) : std::span<const ParameterPtr>(), averages);
-    auto streams = ordered_json::parse(checkpoint->metadata.at("streams"))
-                       .get<std::map<std::string, uint64_t>>();
+    auto streams =
+        ParseJson(checkpoint->metadata.at("streams")).get<std::map<std::string, uint64_t>>();
     batches_.SetState(streams);
     if (class_batches_) {
       std::map<std::string, uint64_t> of_class;
@@ -298,8 +333,7 @@ void Trainer::Resume() {
       }
       class_batches_->SetState(of_class);
     }
-    recent_losses_ =
-        ordered_json::parse(checkpoint->metadata.at("recent_losses")).get<std::vector<double>>();
+    recent_losses_ = ParseJson(checkpoint->metadata.at("recent_losses")).get<std::vector<double>>();
     int threads = std::stoi(checkpoint->metadata.at("threads"));
     if (threads != Threads()) {
       Message(
@@ -322,19 +356,10 @@ void Trainer::Resume() {
 void Trainer::OpenMetrics() {
   fs::path path = folder_ / "metrics.jsonl";
   std::string kept;
-  if (first_step_ > 0 && fs::exists(path)) {
+  if (first_step_ > 0) {
     // Lines behind the checkpoint come again.
-    std::string text = ReadFile(path);
-    for (size_t begin = 0; begin < text.size();) {
-      size_t end = text.find('\n', begin);
-      if (end == std::string::npos) break;
-      auto line =
-          ordered_json::parse(text.begin() + static_cast<std::ptrdiff_t>(begin),
-                              text.begin() + static_cast<std::ptrdiff_t>(end), nullptr, false);
-      bool whole = line.is_object() && line.contains("step") && line["step"].is_number_integer();
-      if (whole && line["step"].get<int64_t>() <= first_step_)
-        kept += text.substr(begin, end + 1 - begin);
-      begin = end + 1;
+    for (const auto& [step, line] : MetricsLines(path)) {
+      if (step <= first_step_) kept += line;
     }
   }
   WriteFile(path, kept, Durability::kRenamed);
@@ -438,7 +463,7 @@ TrainResult Trainer::Run() {
   };
   TrainResult result;
   auto line = [&](const ordered_json& record) {
-    std::string text = record.dump() + "\n";
+    std::string text = JsonText(record) + "\n";
     Check<FileError>(std::fputs(text.c_str(), metrics_) >= 0 && std::fflush(metrics_) == 0,
                      "{}: cannot be written", (folder_ / "metrics.jsonl").string());
   };
@@ -525,8 +550,8 @@ void Trainer::WriteState() {
   if (ema_) {
     for (auto& [name, value] : ValuesByName(ema_->state())) checkpoint.tensors[name] = value;
   }
-  checkpoint.metadata["streams"] = ordered_json(Streams()).dump();
-  checkpoint.metadata["recent_losses"] = ordered_json(recent_losses_).dump();
+  checkpoint.metadata["streams"] = JsonText(nlohmann::json(Streams()));
+  checkpoint.metadata["recent_losses"] = JsonText(nlohmann::json(recent_losses_));
   checkpoint.metadata["threads"] = std::to_string(Threads());
   WriteCheckpoint(folder_ / "checkpoints", checkpoint,
                   static_cast<int>(options_.checkpoints_total_limit));

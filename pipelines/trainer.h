@@ -59,9 +59,9 @@ struct TrainTarget {
   std::vector<ParameterPtr> parameters;
   // Writes the result, called while the parameters hold their averages. Undefined: model.Save.
   std::function<void(const std::filesystem::path& folder)> save;
-  // Writes what else a continuation needs into the folder of a new run, before train.json makes it
-  // a run. May be undefined.
-  std::function<void(const std::filesystem::path& folder)> begin = {};
+  // What of train.json is not TrainOptions: whose run it is, and the JSON of its own options.
+  TrainingKind kind = kTrain;
+  std::string own_options = {};
   double learning_rate_factor = 1;  // of the options' rate
 };
 
@@ -86,8 +86,9 @@ class Trainer {
   // Starts a run in `folder`, which is made. Keeps references to model and data. Errors: ValueError
   // for options, or if `resume` is false and the folder already holds a run, or a model that the
   // run would overwrite.
-  // With `resume`, continues from the newest whole checkpoint; FileError if there is none,
-  // ValueError if an option differs from the run's that may not change.
+  // With `resume`, continues from the newest whole checkpoint, or begins again if the run was
+  // stopped before the first; FileError if there should be one, ValueError if an option differs
+  // from the run's that may not change.
   Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions& options,
           std::filesystem::path folder, bool resume = false, TrainCallbacks callbacks = {},
           TrainTarget target = {});

@@ -9,6 +9,7 @@
 #include "io/image_folder.h"
 #include "io/shapes.h"
 #include "models/presets.h"
+#include "pipelines/class_pictures.h"
 #include "pipelines/model_folder.h"
 #include "pipelines/trainer.h"
 
@@ -44,19 +45,22 @@ void CheckSide(const Dataset& data, int64_t factor) {
         data.side(), factor);
 }
 
+// Errors: what of a model that options.model names does not fit the rest.
+void CheckModel(const TrainOptions& options, const Dataset& data, DiffusionModel& model) {
+  Check<UnsupportedFileError>(!model.takes_mask(),
+                              "{}: a U-Net that takes a mask cannot be trained", options.model);
+  CheckSide(data, model.factor());
+  Check(!options.train_text_encoder || model.text_encoder(),
+        "training: train_text_encoder has no effect on {}, whose caption encoder trains anyway",
+        options.model);
+}
+
 }  // namespace
 
 void CheckResumes(const TrainingKind& kind, const std::filesystem::path& folder) {
   Check<FileError>(HoldsRun(folder), "{}: there is no run to resume", folder.string());
-  auto there = [&](const TrainingKind& other) {
-    std::error_code ignored;  // a file that cannot be looked at is an error where it is read
-    return other.options_file && std::filesystem::exists(folder / other.options_file, ignored);
-  };
-  if (there(kind)) return;
-  TrainingKind found = kTrain;
-  for (const TrainingKind& other : {kTrainLora, kTrainCustomDiffusion}) {
-    if (there(other)) found = other;
-  }
+  const std::filesystem::path path = folder / "train.json";
+  const TrainingKind found = ParseTrainingKind(ReadFile(path), path);
   Check(std::string_view(found.command) == kind.command,
         "{} holds a run of `{}`, which continues it: calotype {} --out {} --resume",
         folder.string(), found.command, found.command, folder.string());
@@ -65,7 +69,8 @@ void CheckResumes(const TrainingKind& kind, const std::filesystem::path& folder)
 TrainingParts BeginTraining(const TrainOptions& options, const std::set<std::string>& chosen,
                             const std::filesystem::path& folder, bool resume,
                             std::span<const std::filesystem::path> results,
-                            const TrainCallbacks& callbacks) {
+                            const TrainCallbacks& callbacks,
+                            const std::function<void(DiffusionModel&, const Dataset&)>& check) {
   CheckRun(options, folder, resume, /*writes_model=*/results.empty());
   CheckChosen(options, chosen);
   for (const std::filesystem::path& file : results) {
@@ -77,6 +82,14 @@ TrainingParts BeginTraining(const TrainOptions& options, const std::set<std::str
     if (callbacks.message) callbacks.message("warning: " + text);
   };
   TrainingParts parts{.data = OpenDataset(options, warn), .model = nullptr};
+  if (options.num_class_images > 0 && !resume) {
+    auto model = DiffusionModel::Open(options.model);
+    CheckModel(options, *parts.data, *model);
+    if (model->text_encoder()) model->LoadPart(*model->text_encoder());
+    if (check) check(*model, *parts.data);
+    model.reset();
+    DrawClassPictures(options, callbacks);
+  }
   parts.model = MakeModel(options, *parts.data, warn);
   return parts;
 }
@@ -128,12 +141,7 @@ std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dat
                                           const WarningCallback& warn) {
   if (!options.model.empty()) {
     auto model = DiffusionModel::Load(options.model, warn);
-    Check<UnsupportedFileError>(!model->takes_mask(),
-                                "{}: a U-Net that takes a mask cannot be trained", options.model);
-    CheckSide(data, model->factor());
-    Check(!options.train_text_encoder || model->text_encoder(),
-          "training: train_text_encoder has no effect on {}, whose caption encoder trains anyway",
-          options.model);
+    CheckModel(options, data, *model);
     if (!options.train_text_encoder) Freeze(model->text_encoder());
     Freeze(model->vae());
     return model;

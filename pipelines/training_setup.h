@@ -3,6 +3,7 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <set>
 #include <span>
@@ -17,16 +18,8 @@ namespace calotype {
 
 struct TrainCallbacks;
 
-// A training command, and the file beside train.json that holds its own options.
-struct TrainingKind {
-  const char* command;
-  const char* options_file = nullptr;
-};
-constexpr TrainingKind kTrain{"train"};
-constexpr TrainingKind kTrainLora{"train lora", "lora.json"};
-constexpr TrainingKind kTrainCustomDiffusion{"train custom-diffusion", "custom_diffusion.json"};
 // Errors: FileError if `folder` holds no run; ValueError, naming the command, if it is of another
-// kind.
+// kind; those of ParseTrainingKind.
 void CheckResumes(const TrainingKind& kind, const std::filesystem::path& folder);
 
 // What a run trains on.
@@ -34,14 +27,17 @@ struct TrainingParts {
   std::unique_ptr<Dataset> data;
   std::unique_ptr<DiffusionModel> model;
 };
-// Checks the options and the folder (CheckRun), then opens data and model: all that is quick and
-// can be wrong, to be called before DrawClassPictures. `results` are files that a new run writes;
-// none of them may be there; empty: it writes the model. Errors: ValueError; those of CheckChosen,
-// OpenDataset and MakeModel.
+// Checks the options and the folder (CheckRun), opens the data, for a new run draws the pictures of
+// the class that options.num_class_images asks for (DrawClassPictures), and makes the model.
+// `results` are files that a new run writes; none of them may be there; empty: it writes the model.
+// Drawing can take hours, so all that is quick and can be wrong is checked before: `check` is
+// called with the model, whose text encoder alone has its weights. Errors: ValueError; those of
+// CheckChosen, OpenDataset, DrawClassPictures, MakeModel and `check`.
 TrainingParts BeginTraining(const TrainOptions& options, const std::set<std::string>& chosen,
                             const std::filesystem::path& folder, bool resume,
                             std::span<const std::filesystem::path> results,
-                            const TrainCallbacks& callbacks);
+                            const TrainCallbacks& callbacks,
+                            const std::function<void(DiffusionModel&, const Dataset&)>& check = {});
 
 // The preset of that name, or the diffusers config.json at that path. Errors: ValueError; those of
 // ReadUNetConfig.
@@ -59,6 +55,7 @@ std::unique_ptr<Dataset> OpenClassDataset(const TrainOptions& options, const Dat
 std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dataset& data,
                                           const WarningCallback& warn = {});
 
+// All captions of all pictures, in order.
 std::vector<std::string> Captions(const Dataset& data);
 
 }  // namespace calotype

@@ -637,7 +637,8 @@ TEST_F(CustomDiffusionTrainingTest, ARunIsContinuedByItsOwnCommand) {
               HasSubstr("holds a run of `train custom-diffusion`"));
   EXPECT_THAT(MessageOf<ValueError>([&] { CheckResumes(kTrain, folder_ / "run"); }),
               HasSubstr("calotype train custom-diffusion --out"));
-  fs::remove(folder_ / "run/custom_diffusion.json");
+  const fs::path path = folder_ / "run/train.json";
+  WriteText(path, ToJson(ParseTrainOptions(ReadText(path), path)));
   CheckResumes(kTrain, folder_ / "run");
   EXPECT_THAT(MessageOf<ValueError>([&] { TrainCustomDiffusion({}, {}, folder_ / "run", true); }),
               HasSubstr("holds a run of `train`,"));

@@ -42,17 +42,42 @@ class LatentTrainerTest : public TrainerTest {
     options_.train_batch_size = 4;
     options_.gradient_accumulation_steps = 2;
   }
+  // Three in the folder data.
+  void WritePictures() {
+    std::string text;
+    for (int i = 0; i < 3; ++i) text += ImageFolderLine(fmt::format("{}.png", i), "a picture");
+    folder_.Write("data/metadata.jsonl", text);
+    Random random(1);
+    for (int i = 0; i < 3; ++i)
+      WritePng(folder_ / fmt::format("data/{}.png", i), test::RandomImage(16, 16, random));
+  }
+  // What three pictures of the folder data give with the cache `disk`, and how many of them were
+  // encoded.
+  std::pair<int64_t, std::string> Draw(DiffusionModel& model, const fs::path& disk,
+                                       Backend backend = Backend::kEager) {
+    ImageFolder pictures(folder_ / "data", {.side = 16}, {});
+    LatentDataset latents(pictures, model, backend, /*cache=*/true, disk,
+                          [this](const std::string& text) { warnings_ += text + "\n"; });
+    Random random(7);
+    const Tensor drawn = latents.images(std::vector<int64_t>{0, 1, 2, 0}, random);
+    return {latents.encoded(), std::string(reinterpret_cast<const char*>(drawn.raw()),
+                                           static_cast<size_t>(drawn.bytes()))};
+  }
+  static std::vector<fs::path> Entries(const fs::path& disk) {
+    std::vector<fs::path> entries;
+    for (const auto& entry : fs::directory_iterator(disk)) {
+      if (entry.path().extension() == ".safetensors") entries.push_back(entry.path());
+    }
+    return entries;
+  }
+
+  std::string warnings_;
 };
 
 // The latents of two draws against the autoencoder called as a layer.
 TEST_F(LatentTrainerTest, LatentsAreSamplesOfTheAutoencoder) {
   auto model = DiffusionModel::Load(Folder("base"));
-  std::string text;
-  for (int i = 0; i < 3; ++i) text += ImageFolderLine(fmt::format("{}.png", i), "a picture");
-  folder_.Write("data/metadata.jsonl", text);
-  Random random(1);
-  for (int i = 0; i < 3; ++i)
-    WritePng(folder_ / fmt::format("data/{}.png", i), test::RandomImage(16, 16, random));
+  WritePictures();
   ImageFolder pictures(folder_ / "data", {.side = 16}, {});
   LatentDataset drawn(pictures, *model, Backend::kEager, /*cache=*/false),
       cached(pictures, *model, Backend::kEager, /*cache=*/true);
@@ -152,6 +177,74 @@ TEST_F(LatentTrainerTest, PicturesThatVaryAreNotCached) {
   options_.cache_latents = true;
   EXPECT_THAT(MessageOf<ValueError>([&] { Train("run"); }), HasSubstr("cache_latents"));
   EXPECT_FALSE(fs::exists(Folder("run")));
+}
+
+TEST_F(LatentTrainerTest, LatentsOnDiskAreThoseOfTheAutoencoder) {
+  auto model = DiffusionModel::Load(Folder("base"));
+  WritePictures();
+  const fs::path disk = folder_ / "data/.latents";
+  const auto [encoded, expected] = Draw(*model, "");
+  EXPECT_EQ(encoded, 3);
+  EXPECT_EQ(Draw(*model, disk), std::pair(int64_t{3}, expected));
+  EXPECT_EQ(Draw(*model, disk), std::pair(int64_t{0}, expected));
+  ASSERT_EQ(Entries(disk).size(), 3u);
+
+  // Damaged entries are computed anew and put right.
+  const std::string whole = ReadText(Entries(disk)[0]);
+  std::string turned = whole;
+  turned[turned.size() - 7] ^= 4;
+  for (const std::string& bytes :
+       {std::string(), whole.substr(0, 9), whole.substr(0, whole.size() - 1), turned,
+        whole + "more", ReadText(Entries(disk)[1])}) {
+    warnings_.clear();
+    test::WriteText(Entries(disk)[0], bytes);
+    EXPECT_EQ(Draw(*model, disk), std::pair(int64_t{1}, expected)) << bytes.size();
+    EXPECT_THAT(warnings_, HasSubstr(Entries(disk)[0].filename().string()));
+    EXPECT_THAT(warnings_, HasSubstr("computed anew"));
+    EXPECT_EQ(ReadText(Entries(disk)[0]), whole);
+  }
+  warnings_.clear();
+
+  // What has changed has another name: the backend, a picture, the autoencoder.
+  EXPECT_EQ(Draw(*model, disk, Backend::kJit).first, 3);
+  Random random(2);
+  WritePng(folder_ / "data/1.png", test::RandomImage(16, 16, random));
+  EXPECT_EQ(Draw(*model, disk).first, 1);
+  EXPECT_EQ(Draw(*model, disk), std::pair(int64_t{0}, Draw(*model, "").second));
+  model->vae()->FindParameter("quant_conv.bias")->Write().data()[0] += 0.5f;
+  const auto other = Draw(*model, disk);
+  EXPECT_EQ(other.first, 3);
+  EXPECT_EQ(other.second, Draw(*model, "").second);
+  EXPECT_EQ(warnings_, "");
+  EXPECT_EQ(ImageFolder(folder_ / "data", {.side = 16, .caption = "x"}, {}).size(), 3);
+}
+
+TEST_F(LatentTrainerTest, CachesChangeNoWeight) {
+  WritePictures();
+  options_.data = folder_ / "data";
+  options_.validation_fraction = 0;
+  options_.max_train_steps = 2;
+  Train("plain");
+  options_.cache_latents = true;
+  Train("memory");
+  options_.cache_latents = false;
+  options_.cache_latents_to_disk = true;
+  Train("disk");
+  EXPECT_EQ(Entries(folder_ / "data/.latents").size(), 3u);
+  Train("again");
+  EXPECT_EQ(Entries(folder_ / "data/.latents").size(), 3u);
+  auto unet = [&](const char* run) {
+    return ReadText(Folder(run) / "unet/diffusion_pytorch_model.safetensors");
+  };
+  for (const char* run : {"memory", "disk", "again"}) EXPECT_EQ(unet(run), unet("plain")) << run;
+
+  fs::remove_all(folder_ / "data/.latents");
+  test::WriteText(folder_ / "data/.latents", "no folder");
+  EXPECT_THAT(MessageOf<FileError>([&] { Train("blocked"); }), HasSubstr("data/.latents"));
+  EXPECT_FALSE(fs::exists(Folder("blocked")));
+  options_.data = "shapes";
+  EXPECT_THAT(MessageOf<ValueError>([&] { Train("shapes"); }),
+              HasSubstr("cache_latents_to_disk has no effect without a folder of pictures"));
 }
 
 // --- Gradient checkpointing.

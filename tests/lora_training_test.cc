@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "core/parallel.h"
@@ -223,27 +224,26 @@ TEST(LoraTrainingTest, FoldersWithOtherFiles) {
   EXPECT_THAT(MessageOf<ValueError>([&] { TrainLora({}, options, folder / "has"); }),
               HasSubstr("pytorch_lora_weights.safetensors is there"));
   EXPECT_EQ(test::ReadText(folder / "has/pytorch_lora_weights.safetensors"), "a LoRA");
-  // lora.json without train.json: killed as it began. It begins again.
-  test::WriteText(folder / "killed/lora.json", "{}");
-  TrainLora({.rank = 2}, options, folder / "killed");
-  EXPECT_THAT(test::ReadText(folder / "killed/lora.json"), HasSubstr("\"rank\": 2"));
   // Beside a model nothing of it is overwritten.
   TrainLora({}, options, folder / "model");
   EXPECT_EQ(DiffusionModel::Load(folder / "model")->side(), 16);
-  // Of an earlier version.
-  test::WriteText(folder / "killed/lora.json", "{\"rank\": 2}");
-  EXPECT_THAT(MessageOf<FileError>([&] { TrainLora({}, {}, folder / "killed", true); }),
-              HasSubstr("lora.json: the field `alpha` is missing"));
-  std::string unknown = test::ReadText(folder / "model/lora.json");
-  unknown.insert(unknown.find('{') + 1, "\"rnak\": 2,");
-  test::WriteText(folder / "killed/lora.json", unknown);
-  EXPECT_THAT(MessageOf<FileError>([&] { TrainLora({}, {}, folder / "killed", true); }),
-              HasSubstr("lora.json: unknown field 'rnak'"));
-  std::string wrong = test::ReadText(folder / "model/lora.json");
-  wrong.replace(wrong.find("4"), 1, "\"four\"");
-  test::WriteText(folder / "killed/lora.json", wrong);
-  EXPECT_THAT(MessageOf<FileError>([&] { TrainLora({}, {}, folder / "killed", true); }),
-              HasSubstr("lora.json: the field `rank` is \"four\", of the wrong type"));
+  // Damaged, or of an earlier version.
+  const auto run = nlohmann::ordered_json::parse(test::ReadText(folder / "model/train.json"));
+  EXPECT_EQ(run.at("lora").at("rank"), 4);
+  auto error = [&](auto change) {
+    auto changed = run;
+    change(changed);
+    test::WriteText(folder / "model/train.json", changed.dump());
+    return MessageOf<FileError>([&] { TrainLora({}, {}, folder / "model", true); });
+  };
+  EXPECT_THAT(error([](auto& j) { j["lora"].erase("alpha"); }),
+              HasSubstr("train.json: the field `lora.alpha` is missing"));
+  EXPECT_THAT(error([](auto& j) { j["lora"]["rnak"] = 2; }),
+              HasSubstr("train.json: unknown field 'lora.rnak'"));
+  EXPECT_THAT(error([](auto& j) { j["lora"]["rank"] = "four"; }),
+              HasSubstr("train.json: the field `lora.rank` is \"four\", of the wrong type"));
+  EXPECT_THAT(error([](auto& j) { j["lora"] = 4; }),
+              HasSubstr("train.json: not a training options file"));
 }
 
 // ---------------------------------------------------------------- the program

@@ -115,7 +115,29 @@ TEST_F(TrainerTest, ACancelledRunContinuesBitForBit) {
   // From an older checkpoint too, as after a kill: the lines behind it are written again.
   fs::remove(CheckpointPath(Folder("parts") / "checkpoints", 12));
   fs::remove(CheckpointPath(Folder("parts") / "checkpoints", 10));
-  EXPECT_THAT(MessageOf<FileError>([&] { Train("parts", true); }), HasSubstr("no checkpoint"));
+  EXPECT_THAT(MessageOf<FileError>([&] { Train("parts", true); }),
+              HasSubstr("no checkpoint to resume from, although the run was at step 12"));
+}
+
+TEST_F(TrainerTest, ARunKilledBeforeItsFirstCheckpointBeginsAgain) {
+  Train("whole");
+  TrainCallbacks killed{.progress =
+                            [](const TrainProgress& p) {
+                              if (p.step == 3) throw std::runtime_error("killed");
+                            },
+                        .message = {},
+                        .cancelled = {}};
+  EXPECT_THROW(Train("parts", false, killed), std::runtime_error);
+  EXPECT_TRUE(ListCheckpoints(Folder("parts") / "checkpoints").empty());
+  EXPECT_THAT(MessageOf<ValueError>([&] { Train("parts"); }), HasSubstr("--resume"));
+  std::string messages;
+  Train("parts", true,
+        {.progress = {},
+         .message = [&](const std::string& text) { messages += text; },
+         .cancelled = {}});
+  EXPECT_THAT(messages, HasSubstr("stopped before its first checkpoint"));
+  EXPECT_EQ(Weights("parts"), Weights("whole"));
+  EXPECT_EQ(Metrics("parts"), Metrics("whole"));
 }
 
 TEST_F(TrainerTest, ARunThatLosesItsLastStepsContinuesBitForBit) {
@@ -166,23 +188,27 @@ TEST_F(TrainerTest, AFolderWithAModelIsNotOverwritten) {
   EXPECT_FALSE(fs::exists(Folder("model") / "checkpoints"));
 }
 
-// What a continuation needs is there before the folder is a run, so a kill in between leaves
-// nothing that can neither be continued nor begun again.
-TEST_F(TrainerTest, ARunBeginsWithTrainJson) {
+// One file, replaced at once, says that a folder holds a run, which command continues it and with
+// which options: a kill leaves a whole run or none.
+TEST_F(TrainerTest, TrainJsonSaysWhoseRunItIs) {
   auto data = OpenDataset(options_, {});
   auto model = MakeModel(options_, *data);
-  TrainTarget target;
-  target.begin = [&](const fs::path& folder) {
-    EXPECT_TRUE(fs::is_directory(folder));
-    EXPECT_FALSE(HoldsRun(folder));
-    Fail("killed here");
-  };
-  auto start = [&] { Trainer(*model, *data, options_, Folder("run"), false, {}, target); };
-  EXPECT_THAT(MessageOf<ValueError>(start), HasSubstr("killed here"));
-  EXPECT_FALSE(HoldsRun(Folder("run")));
-  target.begin = {};
-  start();
-  EXPECT_TRUE(HoldsRun(Folder("run")));
+  TrainTarget target{
+      .save = [](const fs::path&) {}, .kind = kTrainLora, .own_options = "{\"x\": 3}"};
+  Trainer(*model, *data, options_, Folder("run"), false, {}, target);
+  const fs::path path = Folder("run") / "train.json";
+  const std::string text = test::ReadText(path);
+  EXPECT_STREQ(ParseTrainingKind(text, path).command, "train lora");
+  EXPECT_EQ(ParseJson(text)["lora"]["x"], 3);
+  EXPECT_EQ(ToJson(ParseTrainOptions(text, path)), ToJson(options_));
+  EXPECT_STREQ(ParseTrainingKind(ToJson(options_), path).command, "train");
+  EXPECT_STREQ(ParseTrainingKind(ToJson(options_, kTrainCustomDiffusion, "{}"), path).command,
+               "train custom-diffusion");
+  EXPECT_THAT(MessageOf<FileError>(
+                  [&] { ParseTrainingKind(R"({"lora": {}, "custom_diffusion": {}})", path); }),
+              HasSubstr("train.json: has both `lora` and `custom_diffusion`"));
+  EXPECT_THAT(MessageOf<FileError>([&] { ParseTrainingKind("{", path); }),
+              HasSubstr("train.json: not a training options file"));
 }
 
 // Writes a folder of pictures with these captions.
@@ -589,11 +615,12 @@ TEST(TrainRecipeTest, ChosenOptionsWithoutEffectAreErrors) {
 }
 
 TEST(TrainRecipeTest, OptionsOfAnEarlierVersionAreNamed) {
-  auto document = nlohmann::ordered_json::parse(ToJson(TrainOptions()));
+  auto document = ParseJson(ToJson(TrainOptions()));
   document.erase("noise_offset");
-  EXPECT_THAT(MessageOf<FileError>([&] { ParseTrainOptions(document.dump(), "run/train.json"); }),
-              AllOf(HasSubstr("run/train.json: the field `noise_offset` is missing"),
-                    HasSubstr("earlier version")));
+  EXPECT_THAT(
+      MessageOf<FileError>([&] { ParseTrainOptions(JsonText(document), "run/train.json"); }),
+      AllOf(HasSubstr("run/train.json: the field `noise_offset` is missing"),
+            HasSubstr("earlier version")));
   EXPECT_THAT(MessageOf<FileError>([] { ParseTrainOptions("[]", "run/train.json"); }),
               HasSubstr("not a training options file"));
 }
