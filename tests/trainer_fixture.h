@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "core/json.h"
 #include "core/parallel.h"
 #include "pipelines/trainer.h"
 #include "pipelines/training_setup.h"
@@ -24,7 +25,7 @@ inline std::vector<double> Losses(const std::string& metrics, const char* field)
   std::vector<double> values;
   std::istringstream lines(metrics);
   for (std::string line; std::getline(lines, line);) {
-    auto record = nlohmann::json::parse(line);
+    auto record = ParseJson(line);
     if (record.contains(field)) values.push_back(record[field].get<double>());
   }
   return values;
@@ -55,9 +56,9 @@ class TrainerTest : public ::testing::Test {
     std::string result;
     std::istringstream lines(ReadText(Folder(name) / "metrics.jsonl"));
     for (std::string line; std::getline(lines, line);) {
-      auto record = nlohmann::json::parse(line);
+      auto record = ParseJson(line);
       record.erase("seconds");
-      result += record.dump() + "\n";
+      result += JsonText(record) + "\n";
     }
     return result;
   }
