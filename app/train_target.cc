@@ -7,6 +7,7 @@
 
 #include "app/progress.h"
 #include "app/train_flags.h"
+#include "io/file.h"
 #include "pipelines/custom_diffusion_training.h"
 #include "pipelines/lora_training.h"
 
@@ -52,10 +53,10 @@ void AddTraining(Options& app, Selected& selected, const Texts& texts, const Tra
       const TrainCallbacks callbacks = ShowTraining(bar);
       const TrainResult result = train(command->own, command->options, flags.folder, flags.Resume(),
                                        flags.Chosen(), callbacks);
-      const std::string model = command->options.model;
-      callbacks.message(fmt::format("{}; try: calotype sample --model {} {} --prompt ...",
-                                    Summary(result), model.empty() ? "MODEL" : model,
-                                    use(flags.folder)));
+      const fs::path path = flags.folder / "train.json";  // knows a continued run's
+      callbacks.message(
+          fmt::format("{}; try: calotype sample --model {} {} --prompt ...", Summary(result),
+                      ParseTrainOptions(ReadFile(path, 1 << 20), path).model, use(flags.folder)));
     };
   });
 }
