@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "core/json.h"
 #include "core/parallel.h"
 #include "core/random.h"
 #include "pipelines/lora_training.h"
@@ -228,12 +229,12 @@ TEST(LoraTrainingTest, FoldersWithOtherFiles) {
   TrainLora({}, options, folder / "model");
   EXPECT_EQ(DiffusionModel::Load(folder / "model")->side(), 16);
   // Damaged, or of an earlier version.
-  const auto run = nlohmann::ordered_json::parse(test::ReadText(folder / "model/train.json"));
+  const auto run = ParseJson(test::ReadText(folder / "model/train.json"));
   EXPECT_EQ(run.at("lora").at("rank"), 4);
   auto error = [&](auto change) {
     auto changed = run;
     change(changed);
-    test::WriteText(folder / "model/train.json", changed.dump());
+    test::WriteText(folder / "model/train.json", JsonText(changed));
     return MessageOf<FileError>([&] { TrainLora({}, {}, folder / "model", true); });
   };
   EXPECT_THAT(error([](auto& j) { j["lora"].erase("alpha"); }),
@@ -265,6 +266,8 @@ TEST(LoraAppTest, TrainsConvertsMergesAndSamples) {
                     kohya = folder / "kohya.safetensors", merged = folder / "merged";
   ok({"train", "lora", "--model", model, "--data", "shapes", "--rank", "2", "--network-alpha", "3",
       "--lr", "0.05", "--steps", "4", "--sample-steps", "0", "--out", folder / "run"});
+  EXPECT_THAT(run({"train", "lora", "--out", folder / "run", "--resume"}).err,
+              HasSubstr(fmt::format("sample --model {} --lora {}", model, lora)));
   std::string info = ok({"lora", "info", lora, "--model", model});
   EXPECT_THAT(info, HasSubstr("32 modules"));
   EXPECT_THAT(info, HasSubstr("ranks 2; alphas 3"));
