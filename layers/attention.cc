@@ -34,8 +34,7 @@ Attention::Attention(const Options& options) : Layer("Attention"), options_(opti
           o.out_dim);
     o.heads = o.out_dim / o.dim_head;
   }
-  Check<UnsupportedError>(o.dropout == 0, "Attention: dropout {} is not supported, only 0",
-                          o.dropout);
+  Check(o.dropout >= 0 && o.dropout < 1, "Attention: dropout {} must be in [0, 1)", o.dropout);
   Check<UnsupportedError>(o.qk_norm.empty() || o.qk_norm == "layer_norm",
                           "Attention: qk_norm '{}' is not supported; known is layer_norm",
                           o.qk_norm);
@@ -198,7 +197,7 @@ void Attention::CheckInputs(const AttentionInputs& in) const {
 std::vector<Value> Attention::ExportComputationGraph(ComputationGraph&,
                                                      std::span<const Value> inputs) {
   AttentionInputs in{Required(inputs, 0, "hidden_states"), Optional(inputs, 1), Optional(inputs, 2),
-                     Optional(inputs, 3)};
+                     Optional(inputs, 3), Optional(inputs, 4)};
   CheckInputs(in);
   return {AttentionProcessorBuilder{*this, in}.Build()};
 }

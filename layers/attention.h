@@ -35,6 +35,7 @@ struct AttentionInputs {
   Value encoder_hidden_states;  // [B or 1, S, cross_attention_dim]; absent: self-attention
   Value attention_mask;         // [B or B*heads, 1 or T, S], added to the scaled scores
   Value temb;                   // picture for spatial_norm [B, spatial_norm_dim, h, w]
+  Value seed;                   // i64[1], for dropout in training: equal seeds drop the same
 };
 
 // Looks at, or edits, the probabilities of a module, softmax(scale q k^T + mask), while its graph
@@ -53,7 +54,7 @@ struct AttentionProbsHook {
 //   these
 //   q = to_q(t), k = to_k(e), v = to_v(e)
 //   per head of width dim_head: o = softmax(scale norm_q(q) norm_k(k)^T + mask) v
-//   y = (to_out.0(o) + (residual_connection ? x : 0)) / rescale_output_factor
+//   y = (dropout(to_out.0(o)) + (residual_connection ? x : 0)) / rescale_output_factor
 // unless the processor says otherwise.
 class Attention : public Layer {
  public:
@@ -61,7 +62,7 @@ class Attention : public Layer {
     int64_t query_dim = 0;
     int64_t cross_attention_dim = 0;  // 0: query_dim, self-attention
     int64_t heads = 8, dim_head = 64;
-    double dropout = 0;  // only 0 is supported
+    double dropout = 0;  // of the result of to_out.0, in training mode; in [0, 1)
     bool bias = false;   // of to_q, to_k, to_v
     // All arithmetic is float32 here, so the two upcasts to float32 change nothing.
     bool upcast_attention = false, upcast_softmax = false;

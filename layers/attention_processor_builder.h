@@ -47,7 +47,7 @@ struct AttentionProcessorBuilder {
   Value Query(Value tokens);  // [B, T, inner], after norm_q
   Value Key(Value source);    // [B, S, inner], after norm_k
   Value ValueOf(Value source);
-  Value Out(Value attended);
+  Value Out(Value attended);  // with dropout, in training mode
   // [B, T, C] of a picture or of tokens, after spatial_norm and group_norm.
   Value Tokens();
   // Where keys and values come from: norm_cross(encoder_hidden_states), or `tokens`.

@@ -6,6 +6,7 @@
 #include <string>
 #include <type_traits>
 
+#include "core/random.h"
 #include "graph/functions.h"
 #include "layers/attention_math.h"
 #include "layers/attention_processor_builder.h"
@@ -73,8 +74,9 @@ void CheckSize(std::string_view name, std::string_view argument, int64_t given,
 template <class P>
 std::vector<ProcessorLayer> CustomDiffusionLayers(const Attention& attention, const P& p) {
   const Attention::Options& o = attention.options();
-  Check<UnsupportedError>(p.dropout == 0, "{}: dropout {} is not supported, only 0", P::kName,
-                          p.dropout);
+  Check(p.dropout >= 0 && p.dropout < 1, "{}: dropout {} must be in [0, 1)", P::kName, p.dropout);
+  Check(p.dropout == 0 || p.train_q_out,
+        "{}: dropout {} has no effect without train_q_out; set the module's", P::kName, p.dropout);
   int64_t hidden = o.query_dim, inner = attention.inner_dim();
   int64_t out = o.out_dim > 0 ? o.out_dim : hidden;
   int64_t cross = o.cross_attention_dim > 0 ? o.cross_attention_dim : hidden;
@@ -242,7 +244,24 @@ Value AttentionProcessorBuilder::ValueOf(Value source) {
   return Project("to_v", attention.to_v_, source);
 }
 Value AttentionProcessorBuilder::Out(Value attended) {
-  return Project("to_out", attention.to_out_, attended);
+  Value y = Project("to_out", attention.to_out_, attended);
+  double dropout = std::visit(
+      [&](const auto& p) {
+        // A processor with a result of its own has a dropout of its own.
+        if constexpr (requires { p.dropout; }) {
+          if (p.train_q_out) return p.dropout;
+        }
+        return attention.options_.dropout;
+      },
+      attention.processor_);
+  if (dropout == 0 || !attention.training()) return y;
+  Check<ShapeError>(in.seed.defined(), "{}: a dropout of {} needs the input seed in training",
+                    attention.Describe(), dropout);
+  auto drop = static_cast<float>(dropout);
+  // Modules that share a seed drop different values.
+  auto stream = static_cast<int64_t>(StreamOf(attention.path()) >> 1);
+  Value keep = LessOrEqual(y.graph->Constant(drop), PhiloxUniform(in.seed, y.shape(), stream));
+  return y * (keep / (1 - drop));
 }
 
 Value AttentionProcessorBuilder::Tokens() {

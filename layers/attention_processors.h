@@ -92,7 +92,7 @@ struct CustomDiffusionProcessor {
   bool train_kv = true, train_q_out = kernel != ScoreKernel::kXFormers;
   int64_t hidden_size = 0, cross_attention_dim = 0;
   bool out_bias = true;
-  double dropout = 0;  // only 0 is supported
+  double dropout = 0;  // of the result of to_out_custom_diffusion.0, in training mode
   [[no_unique_address]] AttentionOpArgument<kernel> attention_op = {};
 };
 using CustomDiffusionAttnProcessor = CustomDiffusionProcessor<ScoreKernel::kExplicit>;

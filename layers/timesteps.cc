@@ -39,16 +39,30 @@ std::vector<Value> Timesteps::ExportComputationGraph(ComputationGraph& graph,
 TimestepEmbedding::TimestepEmbedding(const Options& options)
     : Layer("TimestepEmbedding"), options_(options) {
   CheckActivation(options.act_fn);
+  if (!options.post_act_fn.empty()) CheckActivation(options.post_act_fn);
   int64_t out = options.out_dim > 0 ? options.out_dim : options.time_embed_dim;
   linear_1_ =
       AddLayer<Linear>("linear_1", Linear::Options{options.in_channels, options.time_embed_dim});
   linear_2_ = AddLayer<Linear>("linear_2", Linear::Options{options.time_embed_dim, out});
+  if (options.cond_proj_dim > 0) {
+    cond_proj_ = AddLayer<Linear>(
+        "cond_proj", Linear::Options{options.cond_proj_dim, options.in_channels, /*bias=*/false});
+  }
 }
 
 std::vector<Value> TimestepEmbedding::ExportComputationGraph(ComputationGraph&,
                                                              std::span<const Value> inputs) {
-  Value x = linear_1_->Call(Required(inputs, 0, "sample"));
-  return {linear_2_->Call(Activate(options_.act_fn, x))};
+  Value x = Required(inputs, 0, "sample"), condition = Optional(inputs, 1);
+  if (condition.defined()) {
+    Check<ShapeError>(cond_proj_ && condition.rank() == 2 &&
+                          (condition.dim(0) == x.dim(0) || condition.dim(0) == 1) &&
+                          condition.dim(1) == options_.cond_proj_dim,
+                      "{}: condition {} must be [{} or 1, {}] (cond_proj_dim; 0: none)", Describe(),
+                      condition.shape(), x.dim(0), options_.cond_proj_dim);
+    x = x + cond_proj_->Call(condition);
+  }
+  Value y = linear_2_->Call(Activate(options_.act_fn, linear_1_->Call(x)));
+  return {options_.post_act_fn.empty() ? y : Activate(options_.post_act_fn, y)};
 }
 
 }  // namespace calotype::nn

@@ -31,13 +31,17 @@ class Timesteps : public Layer {
   std::vector<float> frequencies_;
 };
 
-// y = linear_2(f(linear_1(x))): x [B, in_channels] -> [B, out_dim or time_embed_dim].
+// y = g(linear_2(f(linear_1(x + cond_proj(c))))): x [B, in_channels] -> [B, out_dim or
+// time_embed_dim]; the input c [B or 1, cond_proj_dim] is optional, and g the identity unless
+// post_act_fn names another.
 class TimestepEmbedding : public Layer {
  public:
   struct Options {
     int64_t in_channels = 0, time_embed_dim = 0;
     std::string act_fn = "silu";
     int64_t out_dim = 0;  // 0: time_embed_dim
+    std::string post_act_fn = "";
+    int64_t cond_proj_dim = 0;  // 0: no second input
   };
   explicit TimestepEmbedding(const Options& options);  // Errors: as Linear's and Activate's
   std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
@@ -45,7 +49,7 @@ class TimestepEmbedding : public Layer {
 
  private:
   Options options_;
-  Linear *linear_1_, *linear_2_;
+  Linear *linear_1_, *linear_2_, *cond_proj_ = nullptr;
 };
 
 }  // namespace calotype::nn

@@ -44,6 +44,7 @@ Attention::Options AddedKV(int64_t channels, const UNetBlockOptions& block) {
           .dim_head = block.heads,
           .bias = true,
           .upcast_softmax = true,
+          .cross_attention_norm = block.cross_attention_norm,
           .added_kv_proj_dim = block.cross_attention_dim,
           .only_cross_attention = block.only_cross_attention,
           .norm_num_groups = block.groups};
@@ -160,18 +161,19 @@ UNetMidBlock2D::UNetMidBlock2D(const Options& options) : Layer("UNetMidBlock2D")
   const Options& o = options;
   ResnetBlock2D::Options resnet = Resnet(o.in_channels, o.in_channels, o.block);
   resnet.output_scale_factor = o.output_scale_factor;
-  if (o.block.simple) {
+  if (o.block.attention && o.block.simple) {
     attention_ = AddLayer<Attention>("attentions.0", AddedKV(o.in_channels, o.block));
-  } else {
+  } else if (o.block.attention) {
     attention_ = AddLayer<Transformer2DModel>("attentions.0", Transformer(o.in_channels, o.block));
   }
   resnet_0_ = AddLayer<ResnetBlock2D>("resnets.0", resnet);
-  resnet_1_ = AddLayer<ResnetBlock2D>("resnets.1", resnet);
+  if (o.block.attention) resnet_1_ = AddLayer<ResnetBlock2D>("resnets.1", resnet);
 }
 
 Value UNetMidBlock2D::Build(Value x, const UNetCondition& condition) {
   auto scope = Scope(*x.graph);
   x = resnet_0_->Call({x, condition.temb});
+  if (!attention_) return x;
   x = Attend(attention_, x, condition);
   return resnet_1_->Call({x, condition.temb});
 }

@@ -27,7 +27,8 @@ struct UNetBlockOptions {
   bool use_linear_projection = false, only_cross_attention = false, upcast_attention = false;
   // The kind with added keys and values. `heads` is the width of a head there.
   bool simple = false;
-  bool skip_time_act = false;  // see ResnetBlock2D, as the next one
+  std::string cross_attention_norm = "";  // of the simple kind, see Attention
+  bool skip_time_act = false;             // see ResnetBlock2D, as the next one
   double output_scale_factor = 1;
 };
 
@@ -74,8 +75,8 @@ class UNetDownBlock2D : public Layer {
   Layer* downsampler_ = nullptr;    // Downsample2D, or ResnetBlock2D
 };
 
-// resnet, transformer, resnet. Inputs: hidden_states, temb, encoder_hidden_states,
-// encoder_attention_mask.
+// resnet, transformer, resnet; without attention one resnet. Inputs: hidden_states, temb,
+// encoder_hidden_states, encoder_attention_mask.
 class UNetMidBlock2D : public Layer {
  public:
   struct Options {
@@ -89,8 +90,8 @@ class UNetMidBlock2D : public Layer {
   Value Build(Value x, const UNetCondition& condition);
 
  private:
-  ResnetBlock2D *resnet_0_, *resnet_1_;
-  Layer* attention_;  // Transformer2DModel, or Attention
+  ResnetBlock2D *resnet_0_, *resnet_1_ = nullptr;
+  Layer* attention_ = nullptr;  // Transformer2DModel, or Attention
 };
 
 // skip_channels.size() x (resnet over [x | skip] [, transformer]), then twice the size unless it is

@@ -39,31 +39,31 @@ void VisitFields(C& c, Fields& fields) {
   fields.OneOrMany("cross_attention_dim", c.cross_attention_dim);
   fields.OneOrMany("transformer_layers_per_block", c.transformer_layers_per_block);
   fields.Only("reverse_transformer_layers_per_block", nullptr);
-  fields.Only("encoder_hid_dim", nullptr);
-  fields.Only("encoder_hid_dim_type", nullptr);
+  fields.Field("encoder_hid_dim", c.encoder_hid_dim);
+  fields.Field("encoder_hid_dim_type", c.encoder_hid_dim_type);
   fields.OneOrMany("attention_head_dim", c.attention_head_dim);
   fields.Only("num_attention_heads", nullptr);
   fields.Only("dual_cross_attention", false);
   fields.Field("use_linear_projection", c.use_linear_projection);
-  fields.Only("class_embed_type", nullptr);
+  fields.Field("class_embed_type", c.class_embed_type);
   fields.Only("addition_embed_type", nullptr);
   fields.Only("addition_time_embed_dim", nullptr);
-  fields.Only("num_class_embeds", nullptr);
+  fields.Field("num_class_embeds", c.num_class_embeds);
   fields.Field("upcast_attention", c.upcast_attention);
   fields.Field("resnet_time_scale_shift", c.resnet_time_scale_shift);
   fields.Field("resnet_skip_time_act", c.resnet_skip_time_act);
   fields.Field("resnet_out_scale_factor", c.resnet_out_scale_factor);
   fields.Field("time_embedding_type", c.time_embedding_type);
-  fields.Only("time_embedding_dim", nullptr);
-  fields.Only("time_embedding_act_fn", nullptr);
-  fields.Only("timestep_post_act", nullptr);
-  fields.Only("time_cond_proj_dim", nullptr);
+  fields.Field("time_embedding_dim", c.time_embedding_dim);
+  fields.Field("time_embedding_act_fn", c.time_embedding_act_fn);
+  fields.Field("timestep_post_act", c.timestep_post_act);
+  fields.Field("time_cond_proj_dim", c.time_cond_proj_dim);
   fields.Field("conv_in_kernel", c.conv_in_kernel);
   fields.Field("conv_out_kernel", c.conv_out_kernel);
-  fields.Only("projection_class_embeddings_input_dim", nullptr);
+  fields.Field("projection_class_embeddings_input_dim", c.projection_class_embeddings_input_dim);
   fields.Only("attention_type", "default");
-  fields.Only("class_embeddings_concat", false);
-  fields.Only("cross_attention_norm", nullptr);
+  fields.Field("class_embeddings_concat", c.class_embeddings_concat);
+  fields.Field("cross_attention_norm", c.cross_attention_norm);
   fields.Only("addition_embed_type_num_heads", 64);
 }
 
@@ -85,6 +85,7 @@ UNet2DConditionConfig UNet2DConditionConfig::FromJson(std::string_view text) {
   JsonFields fields(kOwner, text);
   VisitFields(c, fields);
   fields.CheckAllRead();
+  if (c.encoder_hid_dim && !c.encoder_hid_dim_type) c.encoder_hid_dim_type = "text_proj";
   c.Validate();
   CollapseLists collapse;
   VisitFields(c, collapse);
@@ -157,25 +158,61 @@ void UNet2DConditionConfig::Validate() const {
           {"CrossAttnUpBlock2D", "UpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"});
   }
   known("mid_block_type", mid_block_type,
-        {"UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"});
+        {"UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D"});
   known("time_embedding_type", time_embedding_type, {"positional"});
   known("resnet_time_scale_shift", resnet_time_scale_shift, {"default", "scale_shift"});
   Check(resnet_out_scale_factor != 0, "{}: field 'resnet_out_scale_factor' must not be 0", kOwner);
+
+  for (auto [field, value] :
+       {std::pair("time_embedding_dim", time_embedding_dim),
+        std::pair("time_cond_proj_dim", time_cond_proj_dim),
+        std::pair("num_class_embeds", num_class_embeds),
+        std::pair("projection_class_embeddings_input_dim", projection_class_embeddings_input_dim),
+        std::pair("encoder_hid_dim", encoder_hid_dim)}) {
+    if (value) positive(field, *value);
+  }
+  if (time_embedding_act_fn) CheckActivation(*time_embedding_act_fn);
+  if (timestep_post_act) CheckActivation(*timestep_post_act);
+  if (cross_attention_norm) {
+    known("cross_attention_norm", *cross_attention_norm, {"layer_norm", "group_norm"});
+  }
+  if (class_embed_type) {
+    known("class_embed_type", *class_embed_type,
+          {"timestep", "identity", "projection", "simple_projection"});
+    Check(!class_embed_type->ends_with("projection") || projection_class_embeddings_input_dim,
+          "{}: class_embed_type '{}' needs the field 'projection_class_embeddings_input_dim'",
+          kOwner, *class_embed_type);
+    Check(!num_class_embeds,
+          "{}: num_class_embeds {} has no effect with class_embed_type '{}'; leave one of them out",
+          kOwner, num_class_embeds.value_or(0), *class_embed_type);
+  }
+  Check(!class_embeddings_concat || has_class_embedding(),
+        "{}: class_embeddings_concat needs class_embed_type or num_class_embeds", kOwner);
+  if (encoder_hid_dim_type) {
+    known("encoder_hid_dim_type", *encoder_hid_dim_type, {"text_proj"});
+    Check(encoder_hid_dim.has_value(), "{}: encoder_hid_dim_type '{}' needs encoder_hid_dim",
+          kOwner, *encoder_hid_dim_type);
+    Check(JsonWriter::AllEqual(cross_attention_dim),
+          "{}: encoder_hid_dim needs one cross_attention_dim, not {}", kOwner,
+          fmt::join(cross_attention_dim, ", "));
+  }
 
   for (size_t i = 0; i < blocks; ++i) {
     int64_t channels = block_out_channels[i];
     Check(channels % norm_num_groups == 0,
           "{}: norm_num_groups {} must divide block_out_channels {} (block {})", kOwner,
           norm_num_groups, channels, i);
-    auto attention = [](const std::string& type) { return type.find("CrossAttn") != type.npos; };
-    bool attends = attention(down_block_types[i]) || i + 1 == blocks ||
-                   attention(up_block_types[blocks - 1 - i]);
-    int64_t heads = Of(attention_head_dim, i);
-    Check(!attends || channels % heads == 0,
-          "{}: attention_head_dim {} (number or width of the heads) must divide block_out_channels "
-          "{} (block "
-          "{})",
-          kOwner, heads, channels, i);
+    auto check = [&](const std::string& type, size_t index) {
+      int64_t heads = Of(attention_head_dim, index);
+      Check(type.find("CrossAttn") == type.npos || channels % heads == 0,
+            "{}: attention_head_dim {} (number or width of the heads) must divide "
+            "block_out_channels {} ({}, block {})",
+            kOwner, heads, channels, type, i);
+    };
+    const std::string& up = up_block_types[blocks - 1 - i];
+    check(down_block_types[i], i);
+    check(up, up.starts_with("Simple") ? blocks - 1 - i : i);
+    if (i + 1 == blocks) check(mid_block_type, i);
   }
   const int64_t half = block_out_channels[0] / 2;
   Check(half > 0 && static_cast<double>(half) > freq_shift,

@@ -45,8 +45,31 @@ struct UNet2DConditionConfig {
   // Of the simple and the Resnet... blocks alone, as in diffusers.
   bool resnet_skip_time_act = false;
   double resnet_out_scale_factor = 1;
+  // Of the simple blocks alone: a norm of encoder_hidden_states; null, "layer_norm", "group_norm".
+  std::optional<std::string> cross_attention_norm;
   std::string time_embedding_type = "positional";
+  std::optional<int64_t> time_embedding_dim;  // null: four times block_out_channels[0]
+  // Applied to the finished time embedding, and to the result of its two linear layers.
+  std::optional<std::string> time_embedding_act_fn, timestep_post_act;
+  std::optional<int64_t> time_cond_proj_dim;  // width of the input timestep_cond
+  // What class_labels are and how they become a vector that is added to the time embedding, or with
+  // class_embeddings_concat appended to it: null with num_class_embeds: ids, a table; "timestep":
+  // numbers, as timesteps; "projection" and "simple_projection": vectors
+  // [projection_class_embeddings_input_dim], two linear layers and one; "identity": the vector.
+  std::optional<std::string> class_embed_type;
+  std::optional<int64_t> num_class_embeds, projection_class_embeddings_input_dim;
+  bool class_embeddings_concat = false;
+  // With a width here encoder_hidden_states have it, and a linear layer, "text_proj", goes first.
+  std::optional<int64_t> encoder_hid_dim;
+  std::optional<std::string> encoder_hid_dim_type;
   int64_t conv_in_kernel = 3, conv_out_kernel = 3;
+
+  bool has_class_embedding() const { return class_embed_type || num_class_embeds; }
+  int64_t time_embed_dim() const { return time_embedding_dim.value_or(4 * block_out_channels[0]); }
+  // Width of the encoder_hidden_states that the model is given.
+  int64_t context_width() const {
+    return encoder_hid_dim.value_or(Of(cross_attention_dim, block_out_channels.size() - 1));
+  }
 
   // Element `block` of a list field.
   template <class T>

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <functional>
 
+#include "graph/op.h"
 #include "layer_gradient.h"
 #include "layers/attention.h"
 #include "layers/attention_modules.h"
@@ -380,7 +381,116 @@ TEST(AttentionProcessorTest, LoRAInitialDistribution) {
   EXPECT_EQ(layer.factor(), 0.5);
 }
 
+// to_out.0 is followed by torch's Dropout: in training each value of the result is 0 with the given
+// probability, and else divided by the probability to stay; residual and rescaling come after it.
+TEST(AttentionProcessorTest, Dropout) {
+  auto check = [](const Attention::Options& given, const AttentionProcessor& processor,
+                  double probability) {
+    SCOPED_TRACE(nn::NameOf(processor));
+    auto attention = Make(given, processor);
+    std::vector<Tensor> inputs(5);
+    inputs[0] = Normal({4, 50, 16}, 1);
+    inputs[4] = Tensor::From({1}, std::vector<int64_t>{3});
+    attention->SetTrainingMode(false);
+    Tensor kept = attention->Layer::Forward(inputs)[0];
+    attention->SetTrainingMode(true);
+    Tensor y = attention->Layer::Forward(inputs)[0];
+    int64_t dropped = 0;
+    double residual = given.residual_connection ? 1 : 0, factor = given.rescale_output_factor;
+    for (int64_t i = 0; i < y.elements(); ++i) {
+      double added = residual * inputs[0].data()[i], out = y.data()[i] * factor - added;
+      dropped += std::abs(out) < 1e-6;
+      double expected = (kept.data()[i] * factor - added) / (1 - probability);
+      if (std::abs(out) >= 1e-6) EXPECT_NEAR(out, expected, 1e-5);
+    }
+    double deviation = std::sqrt(3200 * probability * (1 - probability));
+    EXPECT_NEAR(static_cast<double>(dropped), 3200 * probability, 5 * deviation);
+    EXPECT_EQ(RelativeError(attention->Layer::Forward(inputs)[0], y), 0);
+    // The gradient of the bias counts what is kept.
+    attention->Backward(Tensor::Full(y.shape(), 1));
+    const char* bias =
+        given.dropout == 0 ? "processor.to_out_custom_diffusion.0.bias" : "to_out.0.bias";
+    double sum = 0;
+    for (float v : attention->FindParameter(bias)->gradient.values()) sum += v;
+    EXPECT_NEAR(sum * factor * (1 - probability), static_cast<double>(3200 - dropped), 0.05);
+    inputs[4] = Tensor::From({1}, std::vector<int64_t>{4});
+    EXPECT_GT(RelativeError(attention->Layer::Forward(inputs)[0], y), 0.1);
+    EXPECT_THAT(MessageOf<ShapeError>([&] { attention->Forward(inputs[0]); }), HasSubstr("seed"));
+  };
+  Attention::Options plain{.query_dim = 16, .heads = 2, .dim_head = 8}, dropping = plain;
+  dropping.dropout = 0.3;
+  dropping.rescale_output_factor = 2;
+  dropping.residual_connection = true;
+  check(dropping, nn::AttnProcessor{}, 0.3);
+  check(dropping, nn::AttnProcessor2_0{}, 0.3);
+  check(dropping, nn::LoRAAttnProcessor{}, 0.3);
+  check(plain, nn::CustomDiffusionAttnProcessor2_0{.dropout = 0.2}, 0.2);
+  dropping.rescale_output_factor = 1;
+  dropping.residual_connection = false;
+  // The module's own belongs to the module's own result.
+  check(dropping, nn::CustomDiffusionAttnProcessor{.train_kv = false, .train_q_out = false}, 0.3);
+  EXPECT_THROW(Attention({.query_dim = 6, .dropout = 1}), ValueError);
+}
+
 // ---------------------------------------------------------------- memory
+
+// What the graph of self-attention over 200 tokens, 2 pictures and 3 heads, is made of.
+struct Parts {
+  int softmax = 0, fused = 0, products = 0;  // nodes
+  int64_t keys_at_once = 0;                  // of the fused node
+  bool operator==(const Parts&) const = default;
+};
+
+TEST(AttentionProcessorTest, EachComputesInItsOwnWay) {
+  using nn::AttentionOp;
+  auto parts = [](const AttentionProcessor& processor, int64_t tokens = 200) {
+    Attention::Options options{.query_dim = 6, .heads = 3, .dim_head = 2};
+    if (nn::NameOf(processor).find("Added") != std::string_view::npos) {
+      options.added_kv_proj_dim = 6;
+      options.norm_num_groups = 2;
+      tokens /= 2;  // and as many added
+    }
+    auto attention = Make(options, processor);
+    Shape shape = options.added_kv_proj_dim > 0 ? Shape{2, 6, tokens} : Shape{2, tokens, 6};
+    ComputationGraph graph = attention->Export({{"x", {DType::kF32, shape}}});
+    Parts parts;
+    for (const ComputationNode& node : graph.nodes()) {
+      parts.softmax += node.op->name == "Softmax";
+      parts.products += node.op->name == "MatMul";
+      if (node.op->name == "Attention") {
+        ++parts.fused;
+        parts.keys_at_once = node.attrs.Int("block_kv");
+      }
+    }
+    return parts;
+  };
+  // Four projections; scores and their product with the values; those of each slice.
+  EXPECT_EQ(parts(nn::AttnProcessor{}), (Parts{1, 0, 6}));
+  EXPECT_EQ(parts(nn::SlicedAttnProcessor{1}), (Parts{6, 0, 16}));
+  EXPECT_EQ(parts(nn::SlicedAttnProcessor{4}), (Parts{2, 0, 8}));
+  EXPECT_EQ(parts(nn::CrossFrameAttnProcessor{}), (Parts{1, 0, 6}));
+  EXPECT_EQ(parts(nn::CustomDiffusionAttnProcessor{}), (Parts{1, 0, 6}));
+  EXPECT_EQ(parts(nn::LoRAAttnProcessor{}), (Parts{1, 0, 6 + 8}));
+  EXPECT_EQ(parts(nn::AttnProcessor2_0{}), (Parts{0, 1, 4, 64}));
+  EXPECT_EQ(parts(nn::CustomDiffusionAttnProcessor2_0{}), (Parts{0, 1, 4, 64}));
+  EXPECT_EQ(parts(nn::LoRAAttnProcessor2_0{}), (Parts{0, 1, 4 + 8, 64}));
+  EXPECT_EQ(parts(nn::FusedAttnProcessor2_0{}), (Parts{0, 1, 2, 64}));
+  // attention_op chooses the kernel.
+  EXPECT_EQ(parts(nn::XFormersAttnProcessor{}), (Parts{0, 1, 4, 64}));
+  EXPECT_EQ(parts(nn::XFormersAttnProcessor{}, 100), (Parts{0, 1, 4, 100}));
+  EXPECT_EQ(parts(nn::XFormersAttnProcessor{AttentionOp::kFlash}, 100), (Parts{0, 1, 4, 64}));
+  EXPECT_EQ(parts(nn::XFormersAttnProcessor{AttentionOp::kSingleBlock}), (Parts{0, 1, 4, 200}));
+  EXPECT_EQ(
+      parts(nn::CustomDiffusionXFormersAttnProcessor{.attention_op = AttentionOp::kSingleBlock}),
+      (Parts{0, 1, 4, 200}));
+  EXPECT_EQ(parts(nn::LoRAXFormersAttnProcessor{.attention_op = AttentionOp::kSingleBlock}),
+            (Parts{0, 1, 4 + 8, 200}));
+  // Two more projections.
+  EXPECT_EQ(parts(nn::AttnAddedKVProcessor{}), (Parts{1, 0, 8}));
+  EXPECT_EQ(parts(nn::AttnAddedKVProcessor2_0{}), (Parts{0, 1, 6, 64}));
+  EXPECT_EQ(parts(nn::SlicedAttnAddedKVProcessor{4}), (Parts{2, 0, 10}));
+  EXPECT_EQ(parts(nn::LoRAAttnAddedKVProcessor{}), (Parts{1, 0, 8 + 12}));
+}
 
 TEST(AttentionProcessorTest, SlicesBoundTheScores) {
   // 8 heads of 256 x 256 scores: 262,144 bytes a row of batch * heads.
@@ -430,8 +540,9 @@ TEST(AttentionProcessorTest, MisfitsAreRefusedAndChangeNothing) {
               HasSubstr("cross_attention_dim 6"));
   EXPECT_THAT(error(plain, nn::CustomDiffusionAttnProcessor{.hidden_size = 7}),
               HasSubstr("hidden_size 7"));
-  EXPECT_THAT(error(plain, nn::CustomDiffusionAttnProcessor{.dropout = 0.1}),
-              HasSubstr("dropout 0.1"));
+  EXPECT_THAT(error(plain, nn::CustomDiffusionAttnProcessor{.dropout = 1}), HasSubstr("[0, 1)"));
+  EXPECT_THAT(error(plain, nn::CustomDiffusionAttnProcessor{.train_q_out = false, .dropout = 0.1}),
+              HasSubstr("dropout 0.1 has no effect"));
   Attention unscaled({.query_dim = 6, .heads = 3, .dim_head = 2, .scale_qk = false});
   for (const AttentionProcessor& processor :
        std::vector<AttentionProcessor>{nn::AttnProcessor2_0{}, nn::LoRAAttnProcessor2_0{},

@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "core/json.h"
 #include "diffusion/noise_schedule.h"
 #include "diffusion/scheduler.h"
 #include "graph/functions.h"
@@ -75,7 +76,7 @@ std::vector<fs::path> DiscoverCases() {
 
 struct Case {
   explicit Case(const fs::path& folder) : folder(folder) {
-    document = json::parse(ReadFile(folder / "case.json"));
+    document = ParseJson(ReadFile(folder / "case.json"));
     kind = document.at("kind");
     config = document.value("config", json::object());
     if (fs::exists(folder / "tensors.safetensors"))
@@ -293,12 +294,14 @@ void RunAttentionProcessor(const Case& c, Backend backend, const std::string& ty
       "norm_num_groups", o.norm_num_groups)("out_bias", o.out_bias)("scale_qk", o.scale_qk)(
       "eps", o.eps)("rescale_output_factor", o.rescale_output_factor)(
       "residual_connection", o.residual_connection)("out_dim", o.out_dim)(
-      "added_kv_proj_dim", o.added_kv_proj_dim)("only_cross_attention", o.only_cross_attention);
+      "added_kv_proj_dim", o.added_kv_proj_dim)("spatial_norm_dim", o.spatial_norm_dim)(
+      "only_cross_attention", o.only_cross_attention);
   nn::Attention layer(o);
   if (type.starts_with("Fused")) layer.FuseProjections();
   layer.SetProcessor(ProcessorOf(c, type));
   CheckLayer(c, backend, layer, c.With("param."),
-             {"hidden_states", "encoder_hidden_states", "attention_mask"}, kLayerTolerance, worst);
+             {"hidden_states", "encoder_hidden_states", "attention_mask", "temb"}, kLayerTolerance,
+             worst);
 }
 
 // Also the processors of which the case says that they give the same.
@@ -388,9 +391,10 @@ void RunTimesteps(const Case& c, Backend backend, Worst& worst) {
 void RunTimestepEmbedding(const Case& c, Backend backend, Worst& worst) {
   nn::TimestepEmbedding::Options o;
   Fields(c.config)("in_channels", o.in_channels)("time_embed_dim", o.time_embed_dim)(
-      "act_fn", o.act_fn)("out_dim", o.out_dim);
+      "act_fn", o.act_fn)("out_dim", o.out_dim)("post_act_fn", o.post_act_fn)("cond_proj_dim",
+                                                                              o.cond_proj_dim);
   nn::TimestepEmbedding layer(o);
-  CheckLayer(c, backend, layer, c.With("param."), {"sample"}, kLayerTolerance, worst);
+  CheckLayer(c, backend, layer, c.With("param."), {"sample", "condition"}, kLayerTolerance, worst);
 }
 
 void RunDiffusionCrossAttention(const Case& c, Backend backend, Worst& worst) {
@@ -419,12 +423,9 @@ void RunUNet(const Case& c, Backend backend, Worst& worst) {
     Fields(c.config["freeu"])("s1", freeu.s1)("s2", freeu.s2)("b1", freeu.b1)("b2", freeu.b2);
     unet->SetFreeU(freeu);
   }
-  std::vector<std::string> order = {"sample",
-                                    "timestep",
-                                    "encoder_hidden_states",
-                                    "encoder_attention_mask",
-                                    "attention_mask",
-                                    "mid_block_additional_residual"};
+  std::vector<std::string> order = {
+      "sample",         "timestep",     "encoder_hidden_states", "encoder_attention_mask",
+      "attention_mask", "class_labels", "timestep_cond",         "mid_block_additional_residual"};
   for (const auto& [name, tensor] : c.With("input.down_block_additional_residuals."))
     order.push_back("down_block_additional_residuals." + name);
   CheckLayer(c, backend, *unet, unet->SaveParameters(), order, kModelTolerance, worst);
@@ -432,6 +433,7 @@ void RunUNet(const Case& c, Backend backend, Worst& worst) {
 
 void RunAutoencoder(const Case& c, Backend backend, Worst& worst) {
   auto vae = LoadAutoencoderKL(c.folder);
+  if (c.config.value("tiling", false)) vae->SetTiling(VaeTiling{});
   CheckLayer(c, backend, *vae, vae->SaveParameters(), {"sample"}, kModelTolerance, worst,
              [&](ComputationGraph& graph, const std::vector<Value>& inputs) {
                auto outputs = vae->ExportComputationGraph(graph, inputs);
@@ -474,7 +476,7 @@ SchedulerConfig SchedulerOf(const Case& c, const std::string& type) {
   json document = c.config;
   document["_class_name"] = type;
   document.erase("type");
-  return ParseSchedulerConfig(document.dump());
+  return ParseSchedulerConfig(JsonText(document));
 }
 
 // The deterministic run with the stand-in model of the notes, which the back end computes.
@@ -566,7 +568,7 @@ void RunTrain(const Case& c, Backend backend, Worst& worst) {
   for (const auto& [name, value] : config.items())
     ASSERT_TRUE(known.count(name)) << "optimizer field `" << name << "`";
   auto unet = LoadUNet(c.folder);
-  NoiseSchedule schedule(ParseSchedulerConfig(c.config.at("scheduler").dump(), "DDPMScheduler"));
+  NoiseSchedule schedule(ParseSchedulerConfig(JsonText(c.config.at("scheduler")), "DDPMScheduler"));
   std::vector<ParameterPtr> parameters = unet->NamedParameters();
   std::map<std::string, Tensor> start;
   for (const ParameterPtr& parameter : parameters)
@@ -667,6 +669,8 @@ TEST_P(Conformance, MatchesTheFixture) {
     if (runner == kRunners.end()) throw Unsupported{"kind " + c.kind};
     runner->second(c, GetParam().backend, worst);
   } catch (const Unsupported& unsupported) {
+    // A case of one's own may wait for its kind; those of this repository do not.
+    if (!std::getenv("CALOTYPE_FIXTURES")) FAIL() << "not supported: " << unsupported.name;
     GTEST_SKIP() << "not supported yet: " << unsupported.name;
   } catch (const std::exception& e) {
     FAIL() << GetParam().folder << ": " << e.what();
@@ -678,9 +682,20 @@ TEST_P(Conformance, MatchesTheFixture) {
 
 INSTANTIATE_TEST_SUITE_P(Fixtures, Conformance, ::testing::ValuesIn(TestParameters()), NameOf);
 
-// Without cases the suite above would be empty and pass.
-TEST(ConformanceTest, FindsCases) {
-  EXPECT_GT(DiscoverCases().size(), 0u) << "no case.json below " << FixtureFolder();
+// A case that is not found would not be missed: the numbers of the README, by family.
+TEST(ConformanceTest, FindsAllCases) {
+  std::map<std::string, int> found;
+  for (const fs::path& folder : DiscoverCases()) {
+    ++found[folder.lexically_relative(FixtureFolder()).begin()->string()];
+  }
+  if (std::getenv("CALOTYPE_FIXTURES")) {
+    EXPECT_FALSE(found.empty()) << "no case.json below " << FixtureFolder();
+    return;
+  }
+  const std::map<std::string, int> expected{{"attention", 40}, {"clip", 2},  {"layers", 7},
+                                            {"parts", 18},     {"train", 3}, {"schedulers", 19},
+                                            {"unet", 10},      {"vae", 2}};
+  EXPECT_EQ(found, expected);
 }
 
 }  // namespace

@@ -496,9 +496,6 @@ TEST(LayerErrorTest, OptionsAreChecked) {
       }),
       HasSubstr("shortcut"));
   EXPECT_THAT(
-      MessageOf<UnsupportedError>([] { Attention layer({.query_dim = 8, .dropout = 0.1}); }),
-      HasSubstr("dropout"));
-  EXPECT_THAT(
       MessageOf<UnsupportedError>([] { Attention layer({.query_dim = 8, .qk_norm = "rms_norm"}); }),
       HasSubstr("rms_norm"));
   EXPECT_THAT(

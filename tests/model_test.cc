@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "core/json.h"
 #include "core/random.h"
 #include "io/safetensors.h"
 #include "layers/diffusion_cross_attention.h"
@@ -109,7 +110,7 @@ TEST(ModelFixtureTest, UNets) {
 TEST(ModelFixtureTest, NamedLayers) {
   int cases = 0;
   for (const auto& entry : fs::directory_iterator(Fixture("layers"))) {
-    json document = json::parse(ReadText(entry.path() / "case.json"));
+    json document = ParseJson(ReadText(entry.path() / "case.json"));
     const json& c = document.at("config");
     if (document.at("kind") == "DiffusionCrossAttention") {
       nn::DiffusionCrossAttention layer(c.at("query_dim"), c.at("context_dim"), c.at("num_heads"),
@@ -169,12 +170,13 @@ TEST(UNetTest, ParameterCounts) {
 }
 
 TEST(UNetTest, ConfigRoundTrip) {
-  for (const char* name : {"sd15-tiny", "sd21-tiny", "pixel-3level", "simple", "simple-options"}) {
+  for (const char* name : {"sd15-tiny", "sd21-tiny", "pixel-3level", "simple", "simple-options",
+                           "class-ids", "class-vectors", "class-steps"}) {
     std::string text = ReadText(Fixture("unet") / name / "config.json");
     UNet2DConditionConfig config = UNet2DConditionConfig::FromJson(text);
     EXPECT_EQ(UNet2DConditionConfig::FromJson(config.ToJson()), config);
     // The very fields and values that diffusers wrote.
-    EXPECT_EQ(json::parse(config.ToJson()), json::parse(text)) << name;
+    EXPECT_EQ(ParseJson(config.ToJson()), ParseJson(text)) << name;
     EXPECT_EQ(config.ToJson().back(), '\n');
   }
   for (std::string_view name : UNetPresetNames()) {
@@ -195,7 +197,7 @@ TEST(UNetTest, ConfigErrorsNameTheField) {
     return MessageOf<UnsupportedError>([&] { UNet2DConditionConfig::FromJson(text); });
   };
   EXPECT_THAT(error(R"({"block_out_chanels": [32]})"), HasSubstr("'block_out_chanels'"));
-  EXPECT_THAT(error("{"), HasSubstr("not JSON"));
+  EXPECT_THAT(error("{"), HasSubstr("not a JSON object"));
   EXPECT_THAT(error("[]"), HasSubstr("object"));
   EXPECT_THAT(error(R"({"in_channels": "four"})"), HasSubstr("'in_channels'"));
   EXPECT_THAT(error(R"({"in_channels": 4.5})"), HasSubstr("'in_channels'"));
@@ -212,11 +214,24 @@ TEST(UNetTest, ConfigErrorsNameTheField) {
   EXPECT_THAT(error(R"({"attention_head_dim": 7})"), HasSubstr("attention_head_dim"));
   EXPECT_THAT(error(R"({"transformer_layers_per_block": [[1, 1], 1, 1, 1]})"),
               HasSubstr("'transformer_layers_per_block'"));
-  EXPECT_THAT(unsupported(R"({"class_embed_type": "timestep"})"), HasSubstr("'class_embed_type'"));
+  EXPECT_THAT(unsupported(R"({"class_embed_type": "text"})"), HasSubstr("'class_embed_type'"));
+  EXPECT_THAT(error(R"({"class_embed_type": "projection"})"),
+              HasSubstr("'projection_class_embeddings_input_dim'"));
+  EXPECT_THAT(error(R"({"class_embed_type": "timestep", "num_class_embeds": 3})"),
+              HasSubstr("num_class_embeds 3 has no effect"));
+  EXPECT_THAT(error(R"({"num_class_embeds": 0})"), HasSubstr("'num_class_embeds'"));
+  EXPECT_THAT(error(R"({"class_embeddings_concat": true})"), HasSubstr("class_embeddings_concat"));
+  EXPECT_THAT(error(R"({"encoder_hid_dim_type": "text_proj"})"), HasSubstr("encoder_hid_dim"));
+  EXPECT_THAT(unsupported(R"({"encoder_hid_dim": 8, "encoder_hid_dim_type": "image_proj"})"),
+              HasSubstr("'image_proj'"));
+  EXPECT_THAT(unsupported(R"({"cross_attention_norm": "batch_norm"})"), HasSubstr("'batch_norm'"));
+  EXPECT_THAT(error(R"({"time_embedding_act_fn": "sine"})"), HasSubstr("'sine'"));
+  EXPECT_THAT(unsupported(R"({"addition_embed_type": "text_time"})"),
+              HasSubstr("'addition_embed_type'"));
   EXPECT_THAT(unsupported(R"({"num_attention_heads": 8})"), HasSubstr("'num_attention_heads'"));
   EXPECT_THAT(unsupported(R"({"dropout": 0.1})"), HasSubstr("'dropout'"));
-  EXPECT_THAT(unsupported(R"({"mid_block_type": "UNetMidBlock2D"})"),
-              HasSubstr("'UNetMidBlock2D'"));
+  EXPECT_THAT(unsupported(R"({"mid_block_type": "UNetMidBlock3D"})"),
+              HasSubstr("'UNetMidBlock3D'"));
   EXPECT_THAT(unsupported(R"({"time_embedding_type": "fourier"})"), HasSubstr("fourier"));
   EXPECT_THAT(unsupported(R"({"_class_name": "AutoencoderKL"})"), HasSubstr("AutoencoderKL"));
   EXPECT_THAT(
@@ -331,7 +346,8 @@ TEST(UNetTest, AdapterResiduals) {
     UNet2DConditionModel unet(UNet2DConditionConfig::FromJson(ReadText(folder / "config.json")));
     unet.LoadParameters(ReadSafetensors(folder / "diffusion_pytorch_model.safetensors").tensors);
     auto tensors = ReadSafetensors(folder / "tensors.safetensors").tensors;
-    std::vector<Tensor> inputs(6 + unet.skips());
+    constexpr size_t kFirstSkip = UNet2DConditionModel::kMidResidual + 1;
+    std::vector<Tensor> inputs(kFirstSkip + unet.skips());
     inputs[0] = tensors.at("input.sample");
     inputs[1] = tensors.at("input.timestep");
     inputs[2] = tensors.at("input.encoder_hidden_states");
@@ -351,7 +367,7 @@ TEST(UNetTest, AdapterResiduals) {
     std::vector<Tensor> gradients = unet.Backward(tensors.at("cotangent.out"));
     for (size_t i = 0; i < c.shapes.size(); ++i) {
       double squares = 0;
-      for (float v : gradients[6 + unet.skips() + i].values()) squares += double{v} * v;
+      for (float v : gradients[kFirstSkip + unet.skips() + i].values()) squares += double{v} * v;
       EXPECT_NEAR(std::sqrt(squares), c.gradient_norms[i], 1e-4 * c.gradient_norms[i]);
     }
     // One that is absent, and wrong ones.
@@ -362,8 +378,8 @@ TEST(UNetTest, AdapterResiduals) {
                 HasSubstr("down_intrablock_additional_residual"));
     inputs.emplace_back();
     EXPECT_THAT(MessageOf<ShapeError>([&] { unet.Forward(inputs); }), HasSubstr("down blocks"));
-    inputs.resize(8);
-    inputs[6] = Tensor::Zeros({2, 8, 8, 8});
+    inputs.resize(kFirstSkip + 2);
+    inputs[kFirstSkip] = Tensor::Zeros({2, 8, 8, 8});
     EXPECT_THAT(MessageOf<ShapeError>([&] { unet.Forward(inputs); }),
                 HasSubstr("1 down_block_additional_residuals given"));
   }
@@ -416,6 +432,69 @@ TEST(UNetTest, OptionsHaveAnEffect) {
   EXPECT_LT(LargestDifference(conv.Forward({in.sample, in.timestep, in.context}),
                               linear.Forward({in.sample, in.timestep, in.context})),
             1e-5);
+}
+
+// diffusers' FreeU leaves the blocks with added keys alone.
+TEST(UNetTest, FreeUOfMixedBlocks) {
+  Inputs in = RandomInputs(Tiny(), 1, 8, 8);
+  auto change = [&](const UNet2DConditionConfig& config, const UNet2DConditionModel::FreeU& freeu) {
+    UNet2DConditionModel unet(config);
+    Tensor y = unet.Forward({in.sample, in.timestep, in.context});
+    unet.SetFreeU(freeu);
+    return LargestDifference(unet.Forward({in.sample, in.timestep, in.context}), y);
+  };
+  UNet2DConditionConfig config = Tiny();
+  EXPECT_GT(change(config, {.s1 = 0.5}), 1e-4);
+  EXPECT_GT(change(config, {.b2 = 1.5}), 1e-4);
+  config.up_block_types[0] = "ResnetUpsampleBlock2D";
+  EXPECT_EQ(change(config, {.s1 = 0.5, .b1 = 1.5}), 0);
+  EXPECT_GT(change(config, {.b2 = 1.5}), 1e-4);
+  config.up_block_types[1] = "SimpleCrossAttnUpBlock2D";
+  EXPECT_THAT(MessageOf<UnsupportedError>([&] { change(config, {}); }), HasSubstr("FreeU"));
+}
+
+// The golden cases have tables, two layers and timesteps; one layer and none do what they say.
+TEST(UNetTest, ClassLabels) {
+  UNet2DConditionConfig config = Tiny();
+  config.class_embed_type = "simple_projection";
+  config.projection_class_embeddings_input_dim = 3;
+  UNet2DConditionModel projected(config);
+  projected.Initialize(4);
+  config.class_embed_type = "identity";
+  UNet2DConditionModel identity(config), plain(Tiny());
+  auto parameters = projected.SaveParameters();
+  Tensor w = parameters.extract("class_embedding.weight").mapped(),
+         b = parameters.extract("class_embedding.bias").mapped();
+  identity.LoadParameters(parameters);
+  plain.LoadParameters(parameters);
+  Inputs in = RandomInputs(config, 2, 8, 8);
+  Tensor labels = Random(9).NormalTensor({2, 3});
+  Tensor embedded({2, 32});
+  for (int64_t i = 0; i < 64; ++i) {
+    double sum = b.data()[i % 32];
+    for (int64_t j = 0; j < 3; ++j) {
+      sum += double{w.data()[i % 32 * 3 + j]} * labels.data()[i / 32 * 3 + j];
+    }
+    embedded.data()[i] = static_cast<float>(sum);
+  }
+  auto run = [&](UNet2DConditionModel& unet, const Tensor& labels) {
+    return unet.Forward({in.sample, in.timestep, in.context, {}, {}, labels});
+  };
+  Tensor y = run(projected, labels), without = run(plain, {});
+  EXPECT_LT(LargestDifference(run(identity, embedded), y), 1e-5);
+  EXPECT_GT(LargestDifference(y, without), 1e-2);
+  EXPECT_EQ(LargestDifference(run(identity, Tensor::Zeros({1, 32})), without), 0);
+  auto error = [&](UNet2DConditionModel& unet, const Tensor& labels) {
+    return MessageOf<ShapeError>([&] { run(unet, labels); });
+  };
+  EXPECT_THAT(error(projected, {}), HasSubstr("class_labels are missing"));
+  EXPECT_THAT(error(projected, embedded), HasSubstr("must be [B, 3]"));
+  EXPECT_THAT(error(identity, Tensor::Zeros({3, 32})), HasSubstr("2 timesteps"));
+  EXPECT_THAT(error(plain, labels), HasSubstr("no class embedding"));
+  EXPECT_THAT(MessageOf<ShapeError>([&] {
+                plain.Forward({in.sample, in.timestep, in.context, {}, {}, {}, labels});
+              }),
+              HasSubstr("cond_proj_dim"));
 }
 
 // With only_cross_attention the blocks with added keys do without keys of their own: the same
