@@ -79,9 +79,20 @@ const std::vector<FixedField>& FixedFields() {
 // Constructor arguments that only other schedulers of diffusers have, and what diffusers adds to a
 // file. A file may hold them because diffusers lets one scheduler load the file of another.
 constexpr std::array kForeignFields{
-    "predict_x0",         "disable_corrector",  "solver_p",
-    "lower_order_second", "noise_sampler_seed", "shift_terminal",
-    "_class_name",        "_diffusers_version", "_use_default_values",
+    "predict_x0",
+    "disable_corrector",
+    "solver_p",
+    "lower_order_second",
+    "noise_sampler_seed",
+    "shift_terminal",
+    "original_inference_steps",
+    "timestep_scaling",
+    "predictor_order",
+    "corrector_order",
+    "tau_func",
+    "_class_name",
+    "_diffusers_version",
+    "_use_default_values",
 };
 
 // JSON has no infinite numbers; diffusers writes lambda_min_clipped as -Infinity all the same. Such

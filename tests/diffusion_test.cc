@@ -677,6 +677,11 @@ TEST(SchedulerConfig, FilesOfOtherSchedulers) {
       "_use_default_values": ["timestep_spacing", "sigma_min"]})",
                                  "DDIMScheduler"),
             SchedulerConfig{});
+  // Fields of LCM and SASolver.
+  EXPECT_EQ(ParseSchedulerConfig(R"({"_class_name": "LCMScheduler", "original_inference_steps": 50,
+      "timestep_scaling": 10.0, "predictor_order": 2, "corrector_order": 2, "tau_func": null})",
+                                 "DDIMScheduler"),
+            SchedulerConfig{});
   // Solver names of DEIS and UniPC mean what they mean in diffusers.
   const SchedulerConfig deis = Resolved(ParseSchedulerConfig(
       R"({"_class_name": "DEISMultistepScheduler", "algorithm_type": "deis",
