@@ -1,10 +1,10 @@
 #include "jit/tune.h"
 
 #include <algorithm>
-#include <array>
 #include <charconv>
 #include <chrono>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "core/parallel.h"
@@ -82,12 +82,15 @@ bool Equal(const ContractionPlan& x, const ContractionPlan& y) {
          x.sum_blocks == y.sum_blocks;
 }
 
-std::optional<int> ParseChoice(std::string_view text, int choices) {
-  int value = -1;
-  auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size()) return {};
-  if (value < 0 || value >= choices) return {};
-  return value;
+// The text of an entry of the cache: numbers, a newline after each. Nothing for other text.
+std::optional<std::vector<int64_t>> ParseNumbers(const std::string& text) {
+  std::vector<int64_t> numbers;
+  for (const char *at = text.data(), *end = at + text.size(); at != end;) {
+    auto [next, error] = std::from_chars(at, end, numbers.emplace_back());
+    if (error != std::errc() || next == end || *next != '\n') return {};
+    at = next + 1;
+  }
+  return numbers;
 }
 
 }  // namespace
@@ -101,41 +104,40 @@ std::string Tuner::Key(const std::string& what) const {
                      ToString(HostTarget()), what);
 }
 
-std::optional<std::string> Tuner::Find(const std::string& key) {
-  auto it = stored_.find(key);
-  if (it != stored_.end()) return it->second;
-  return cache_ ? cache_->Find(key) : std::nullopt;
+std::optional<Tuner::Numbers> Tuner::Find(const std::string& key, size_t count, int64_t least,
+                                          int64_t most) {
+  if (auto it = stored_.find(key); it != stored_.end()) return it->second;
+  std::optional<std::string> text = cache_ ? cache_->Find(key) : std::nullopt;
+  if (!text) return {};
+  std::optional<Numbers> numbers = ParseNumbers(*text);
+  auto fits = [&](int64_t number) { return number >= least && number <= most; };
+  if (!numbers || numbers->size() != count ||
+      !std::all_of(numbers->begin(), numbers->end(), fits)) {
+    cache_->Refuse(fmt::format("not {} numbers from {} to {}", count, least, most));
+    return {};
+  }
+  return numbers;
 }
 
-void Tuner::Store(const std::string& key, const std::string& choice) {
-  stored_[key] = choice;
-  if (cache_) cache_->Store(key, choice);
+void Tuner::Store(const std::string& key, const Numbers& numbers) {
+  stored_[key] = numbers;
+  if (cache_) cache_->Store(key, fmt::format("{}\n", fmt::join(numbers, "\n")));
 }
 
 Tuner::Times Tuner::TimesOf(const Shape& x, const Shape& w) {
   ++choices_;
   const std::string key = Key(fmt::format("convolution of {} by {}", x, w));
   constexpr double kUnit = 1e6;  // stored as whole nanoseconds
-  if (std::optional<std::string> found = Find(key)) {
-    std::array<int64_t, 3> values{};
-    const char *at = found->data(), *end = at + found->size();
-    size_t count = 0;
-    for (; count < values.size() && at != end; ++count) {
-      auto [next, error] = std::from_chars(at, end, values[count]);
-      if (error != std::errc() || values[count] <= 0 || next == end || *next != '\n') break;
-      at = next + 1;
-    }
-    if (count == values.size() && at == end) {
-      auto real = [&](size_t i) { return static_cast<double>(values[i]) / kUnit; };
-      return {real(0), real(1), real(2)};
-    }
-    cache_->Refuse("not the times of three algorithms");
-  }
+  auto times = [&](const Numbers& stored) -> Times {
+    auto real = [&](size_t i) { return static_cast<double>(stored[i]) / kUnit; };
+    return {real(0), real(1), real(2)};
+  };
+  if (auto found = Find(key, 3, 1, std::numeric_limits<int64_t>::max())) return times(*found);
   ++measured_;
   Random random(0, "tune");
   Tensor picture = random.NormalTensor(x);
   Tensor weight = random.NormalTensor(w);
-  std::vector<double> milliseconds;
+  Numbers measured;
   for (int tile : {1, 2, 4}) {  // one at a time: transformed kernels are large
     ComputationGraph graph;
     auto parameter = std::make_shared<Parameter>("w", weight);
@@ -146,12 +148,10 @@ Tuner::Times Tuner::TimesOf(const Shape& x, const Shape& w) {
         CompileProgram(std::make_shared<LoweredProgram>(Lower(graph, {.forced_tile = tile})), {});
     std::vector<Tensor> inputs{picture}, outputs = executable->Run(inputs);
     const double ms = 1e3 * Fastest({[&] { executable->Run(inputs, outputs); }})[0];
-    milliseconds.push_back(std::max(1.0, std::round(ms * kUnit)) / kUnit);  // as it is stored
+    measured.push_back(std::max<int64_t>(1, std::llround(ms * kUnit)));
   }
-  std::string text;
-  for (double ms : milliseconds) text += fmt::format("{}\n", std::llround(ms * kUnit));
-  Store(key, text);
-  return {milliseconds[0], milliseconds[1], milliseconds[2]};
+  Store(key, measured);
+  return times(measured);
 }
 
 int Tuner::ScheduleOf(const ContractionSpec& spec) {
@@ -171,10 +171,7 @@ int Tuner::ScheduleOf(const ContractionSpec& spec) {
   if (candidates.size() == 1) return 0;
   ++choices_;
   const std::string key = Key(ToString(KernelSpec(spec)));
-  if (std::optional<std::string> found = Find(key)) {
-    if (std::optional<int> choice = ParseChoice(*found, kSchedules)) return *choice;
-    cache_->Refuse("not a schedule");
-  }
+  if (auto found = Find(key, 1, 0, kSchedules - 1)) return static_cast<int>(found->front());
   ++measured_;
   std::vector<NamedSpec> specs;
   for (const ContractionSpec& candidate : candidates) specs.push_back({candidate, "tune"});
@@ -213,7 +210,7 @@ int Tuner::ScheduleOf(const ContractionSpec& spec) {
     if (seconds[c] < seconds[best] && seconds[c] < kGain * seconds[0]) best = c;
   }
   const int choice = candidates[best].schedule;
-  Store(key, fmt::format("{}", choice));
+  Store(key, {choice});
   return choice;
 }
 

@@ -5,10 +5,13 @@
 // need not measure.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "core/shape.h"
 #include "jit/cache.h"
@@ -36,11 +39,13 @@ class Tuner {
 
  private:
   std::string Key(const std::string& what) const;
-  std::optional<std::string> Find(const std::string& key);
-  void Store(const std::string& key, const std::string& choice);
+  // What was measured under the key: `count` whole numbers from `least` to `most`.
+  using Numbers = std::vector<int64_t>;
+  std::optional<Numbers> Find(const std::string& key, size_t count, int64_t least, int64_t most);
+  void Store(const std::string& key, const Numbers& numbers);
 
-  std::unique_ptr<CompileCache> cache_;        // null without one
-  std::map<std::string, std::string> stored_;  // of this compilation: models repeat their shapes
+  std::unique_ptr<CompileCache> cache_;    // null without one
+  std::map<std::string, Numbers> stored_;  // of this compilation: models repeat their shapes
   int choices_ = 0, measured_ = 0;
 };
 
