@@ -323,7 +323,9 @@ std::vector<std::vector<int>> Chunks(const std::string& text, int64_t backtrack 
     if (i % 32 == 0) chunks.emplace_back();
     int id = static_cast<int>(z.data()[i]);
     EXPECT_EQ(i % 32 == 0, id == 97);
-    if (i % 32 == 31) EXPECT_EQ(id, 98);
+    if (i % 32 == 31) {
+      EXPECT_EQ(id, 98);
+    }
     if (id < 97 || id == 99) chunks.back().push_back(id);
   }
   return chunks;
