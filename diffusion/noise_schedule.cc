@@ -71,6 +71,20 @@ std::vector<float> SquareRoots(std::span<const float> alphas_cumprod, bool compl
   return roots;
 }
 
+// T: Tensor or Value.
+template <class T>
+T TargetOf(const NoiseSchedule& schedule, T sample, T noise, T timesteps) {
+  switch (schedule.prediction_type()) {
+    case PredictionType::kEpsilon:
+      return noise;
+    case PredictionType::kSample:
+      return sample;
+    case PredictionType::kVelocity:
+      return schedule.Velocity(sample, noise, timesteps);
+  }
+  Fail<InternalError>("unknown prediction type");
+}
+
 }  // namespace
 
 std::vector<float> Betas(const SchedulerConfig& given) {
@@ -163,15 +177,7 @@ Tensor NoiseSchedule::Velocity(const Tensor& sample, const Tensor& noise,
 
 Tensor NoiseSchedule::Target(const Tensor& sample, const Tensor& noise,
                              const Tensor& timesteps) const {
-  switch (prediction_type_) {
-    case PredictionType::kEpsilon:
-      return noise;
-    case PredictionType::kSample:
-      return sample;
-    case PredictionType::kVelocity:
-      return Velocity(sample, noise, timesteps);
-  }
-  Fail<InternalError>("unknown prediction type");
+  return TargetOf(*this, sample, noise, timesteps);
 }
 
 Value NoiseSchedule::Coefficient(const Tensor& table, Value timesteps, Value like) const {
@@ -195,15 +201,7 @@ Value NoiseSchedule::Velocity(Value sample, Value noise, Value timesteps) const 
 }
 
 Value NoiseSchedule::Target(Value sample, Value noise, Value timesteps) const {
-  switch (prediction_type_) {
-    case PredictionType::kEpsilon:
-      return noise;
-    case PredictionType::kSample:
-      return sample;
-    case PredictionType::kVelocity:
-      return Velocity(sample, noise, timesteps);
-  }
-  Fail<InternalError>("unknown prediction type");
+  return TargetOf(*this, sample, noise, timesteps);
 }
 
 }  // namespace calotype
