@@ -262,6 +262,10 @@ LoraFile LoadLora(const fs::path& path) {
   std::error_code ignored;  // a path that cannot be looked at is an error where it is read
   fs::path file = path;
   if (fs::is_directory(path, ignored)) file /= "pytorch_lora_weights.safetensors";
+  const fs::path ending = file.extension();
+  Check<UnsupportedFileError>(
+      ending != ".ckpt" && ending != ".pt" && ending != ".pth" && ending != ".bin",
+      "{}: a pickle, which is not read; save it as safetensors", file.string());
   LoraFile lora = FromTensors(ReadSafetensors(file), file.string());
   fs::path config = file.parent_path() / "adapter_config.json";
   if (file.filename() == "adapter_model.safetensors" && fs::exists(config, ignored)) {

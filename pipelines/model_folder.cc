@@ -322,7 +322,7 @@ CLIPTokenizer MakeCLIPTokenizer(const std::map<std::string, std::string>& files,
         return CLIPTokenizer(vocabulary, merges, config);
       });
     }
-    return InFile(folder, [&] {
+    return InFile(folder / "{vocab.json, merges.txt}", [&] {
       return CLIPTokenizer(files.at("vocab.json"), files.at("merges.txt"), config);
     });
   };

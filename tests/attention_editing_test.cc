@@ -3,7 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
 
@@ -13,6 +15,7 @@
 #include "graph/functions.h"
 #include "graph/interpreter.h"
 #include "graph/op.h"
+#include "io/safetensors.h"
 #include "jit/compile.h"
 #include "layers/attention_modules.h"
 #include "pipelines/attention_demo.h"
@@ -358,6 +361,50 @@ class EditTest : public ::testing::Test {
   TextToImagePipeline eager_{*model_, Backend::kEager}, jit_{*model_, Backend::kJit};
   GenerateOptions options_{.seeds = {3}, .steps = 4, .guidance_scale = 3};
 };
+
+// Every kind of edit, whole pictures, against diffusers' pipeline with the probabilities of its
+// attention modules edited by a program of its own (tests/prompts/make_edits.py).
+TEST(EditedPicturesTest, AreThoseOfDiffusers) {
+  const std::filesystem::path data = CALOTYPE_TEST_DATA;
+  SetThreads(1);
+  const auto golden = ReadSafetensors(data / "prompts/edits.safetensors").tensors;
+  const auto document = ParseJson(test::ReadText(data / "prompts/edits.json"));
+  ASSERT_EQ(document.at("cases").size(), golden.size());
+  auto range = [](const nlohmann::json& j) { return StepRange{j.at(0), j.at(1)}; };
+  for (Backend backend : {Backend::kEager, Backend::kJit}) {
+    auto pipeline = TextToImagePipeline::Open(data / "fixtures/stable_diffusion/model", backend);
+    for (const auto& [name, c] : document.at("cases").items()) {
+      if (backend == Backend::kJit && name != "blend") continue;  // compiling takes longest
+      AttentionEditOptions edit{.edit_type = c.at("edit_type"),
+                                .n_cross_replace = {},
+                                .n_self_replace = range(c.at("self")),
+                                .local_blend_words = c.at("blend"),
+                                .substruct_words = c.at("substruct")};
+      for (const auto& [word, share] : c.at("cross").items())
+        edit.n_cross_replace[word] = range(share);
+      for (const auto& [word, factor] : c.at("equalizer").items()) {
+        edit.equalizer_words.push_back(word);
+        edit.equalizer_strengths.push_back(factor);
+      }
+      GenerateOptions options{.seeds = {c.at("seed").get<uint64_t>()},
+                              .negative_prompt = c.at("negative_prompt"),
+                              .steps = c.at("steps"),
+                              .guidance_scale = c.at("guidance_scale").get<double>(),
+                              .sampler = c.at("sampler"),
+                              .rng = "torch"};
+      const std::vector<std::string> prompts = c.at("prompts");
+      const Tensor pictures = EditPictures(*pipeline, prompts, options, edit);
+      const Tensor expected = golden.at(name).To(DType::kF32);
+      ASSERT_EQ(pictures.shape(), expected.shape());
+      double largest = 0;  // of 255; the golden ones are rounded
+      for (int64_t i = 0; i < pictures.elements(); ++i) {
+        const double value = std::clamp(pictures.data()[i] * 127.5 + 127.5, 0.0, 255.0);
+        largest = std::max(largest, std::abs(value - expected.data()[i]));
+      }
+      EXPECT_LT(largest, 0.6) << name;
+    }
+  }
+}
 
 TEST_F(EditTest, WithoutReplacingTheTargetIsItself) {
   AttentionEditOptions none{.n_cross_replace = {{"default_", {0, 0}}}, .n_self_replace = {0, 0}};

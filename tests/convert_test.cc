@@ -129,6 +129,7 @@ void WriteFolder(const fs::path& folder, bool v2, bool wide = false) {
   SaveAutoencoderKL(folder / "vae", vae);
   CLIPTextConfig t = CLIPTextConfig::FromJson(ReadText(Fixture("clip/tiny") / "config.json"));
   if (v2) t.hidden_act = "gelu";
+  t.vocab_size = 49408;  // of the tokenizer
   CLIPTextModel text(t);
   text.Initialize(3);
   SaveCLIPTextModel(folder / "text_encoder", text);
@@ -256,6 +257,21 @@ TEST(ConvertTest, FilesOfOthers) {
   WriteSafetensors(folder / "other.safetensors", file);
   EXPECT_THAT(MessageOf<FileError>([&] { ConvertModel(options); }), HasSubstr("alphas_cumprod"));
   EXPECT_FALSE(fs::exists(folder / "out"));
+
+  // A tokenizer that is not the text encoder's.
+  fs::create_directories(folder / "more");
+  fs::copy(folder / "sd/tokenizer/merges.txt", folder / "more/merges.txt");
+  std::string vocabulary = ReadText(folder / "sd/tokenizer/vocab.json");
+  WriteText(folder / "more/vocab.json",
+            vocabulary.insert(vocabulary.rfind('}'), ", \"qqzzqq</w>\": 49408"));
+  file.tensors["alphas_cumprod"].data()[500] /= 1.01f;
+  WriteSafetensors(folder / "other.safetensors", file);
+  options.tokenizer = folder / "more";
+  EXPECT_THAT(
+      MessageOf<FileError>([&] { ConvertModel(options); }),
+      HasSubstr("more: the tokenizer has 49409 tokens, the text encoder's vocab_size is 49408"));
+  EXPECT_FALSE(fs::exists(folder / "out"));
+  options.tokenizer.clear();
 
   // A folder of configurations that is none.
   options.config = folder / "sdd";
@@ -514,11 +530,11 @@ TEST(ModelFolderTest, WrongFilesAreNamed) {
        [](const fs::path& f) {
          WriteText(f / "tokenizer/merges.txt", ReadText(f / "tokenizer/merges.txt") + "zq qz\n");
        },
-       "tokenizer",
-       {"merges", "'zq'"}},
+       "tokenizer/{vocab.json, merges.txt}",
+       {"line", "of the merges", "'zq'"}},
       {"vocabulary with a gap",
        [](const fs::path& f) { Replace(f / "tokenizer/vocab.json", "49407", "49999"); },
-       "tokenizer",
+       "tokenizer/{vocab.json, merges.txt}",
        {"vocabulary", "none with id 49407"}},
       {"no vocabulary",
        [](const fs::path& f) { fs::remove(f / "tokenizer/vocab.json"); },

@@ -383,6 +383,10 @@ TEST(LoraTest, DamagedAndForeignFiles) {
   auto foreign = [&](const std::string& key) {
     return MessageOf<UnsupportedFileError>([&] { parse(with(key, Tensor::Full({2, 2}, 1))); });
   };
+  for (const char* pickle : {"a.ckpt", "a.pt", "a.pth", "a.bin"}) {
+    EXPECT_THAT(MessageOf<UnsupportedFileError>([&] { LoadLora(pickle); }),
+                HasSubstr(std::string(pickle) + ": a pickle"));
+  }
   EXPECT_THAT(damaged(without(".lora_up.weight")), HasSubstr(name + " has only its down (A) half"));
   EXPECT_THAT(damaged(without(".lora_down.weight")), HasSubstr(name + " has only its up (B) half"));
   EXPECT_THAT(damaged(with(name + ".lora_up.weight", Tensor::Full({8, 7, 1, 1}, 1))),
