@@ -2,6 +2,10 @@
 # from all its .cc files. Files named *_isa.cc are compiled once per instruction-set level with
 # CALOTYPE_ISA = v2, v3, v4 (x86-64) or base (others); see core/isa.h.
 set(CALOTYPE_FLAGS -Wall -Wextra -Wno-missing-field-initializers -ffp-contract=off -fno-math-errno -fno-trapping-math)
+if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
+  # GCC collects its garbage from 512 MiB on only, which few files need: 4 % of the time of a build.
+  list(APPEND CALOTYPE_FLAGS --param=ggc-min-heapsize=524288)
+endif()
 if(CALOTYPE_WERROR)
   list(APPEND CALOTYPE_FLAGS -Werror)
 endif()
@@ -26,8 +30,8 @@ else()
 endif()
 
 # calotype_flags(target level): `level` is the optimisation of release builds: -O2 in the libraries, -O3
-# in *_isa.cc, -O1 in programs, tests and libraries that only call others. Building takes a quarter less
-# time than with -O3 for all.
+# in *_isa.cc, -O1 in programs, tests and libraries that only call others, -O0 in tests of the pipelines.
+# Building takes a third less time than with -O3 for all.
 function(calotype_flags target level)
   target_compile_features(${target} PUBLIC cxx_std_20)
   target_compile_options(${target} PRIVATE ${CALOTYPE_FLAGS} $<$<CONFIG:Release>:${level}>)
