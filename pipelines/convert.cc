@@ -286,7 +286,7 @@ void WritePart(const fs::path& folder, const Part& part, TensorFile tensors) {
 }
 
 // The files of the tokenizer for a folder; none if the options name none. Errors: those of
-// MakeCLIPTokenizer.
+// MakeCLIPTokenizer; FileError for more tokens than the text encoder has.
 std::map<std::string, std::string> TokenizerFiles(const ConvertOptions& options,
                                                   const Configs& configs) {
   fs::path from = options.tokenizer;
@@ -307,7 +307,10 @@ std::map<std::string, std::string> TokenizerFiles(const ConvertOptions& options,
                              {"do_lower_case", true}};
     files["tokenizer_config.json"] = JsonFile(config);
   }
-  MakeCLIPTokenizer(files, from);
+  const int64_t tokens = MakeCLIPTokenizer(files, from).end_of_ids();
+  Check<FileError>(tokens <= configs.text_encoder.vocab_size,
+                   "{}: the tokenizer has {} tokens, the text encoder's vocab_size is {}",
+                   from.string(), tokens, configs.text_encoder.vocab_size);
   if (fs::exists(from / "tokenizer.json")) {
     files["tokenizer.json"] = ReadFile(from / "tokenizer.json", kMaxText);
   }
