@@ -69,7 +69,7 @@ std::vector<Value> VaeMidBlock2D::ExportComputationGraph(ComputationGraph&,
   return {resnet_1_->Call(x)};
 }
 
-VaeEncoder::VaeEncoder(const VaeOptions& o) : Layer("VaeEncoder"), act_fn_(o.act_fn) {
+VaeEncoder::VaeEncoder(const VaeOptions& o) : Layer("VaeEncoder") {
   int64_t channels = o.block_out_channels.front();
   conv_in_ = AddLayer<Conv2d>("conv_in", Conv2d::Options{o.in_channels, channels, 3, 1, 1});
   for (size_t i = 0; i < o.block_out_channels.size(); ++i) {
@@ -90,10 +90,10 @@ std::vector<Value> VaeEncoder::ExportComputationGraph(ComputationGraph&,
   Value x = conv_in_->Call(Required(inputs, 0, "sample"));
   for (VaeBlock2D* block : down_blocks_) x = block->Call(x);
   x = mid_block_->Call(x);
-  return {conv_out_->Call(Activate(act_fn_, conv_norm_out_->Call(x)))};
+  return {conv_out_->Call(Silu(conv_norm_out_->Call(x)))};
 }
 
-VaeDecoder::VaeDecoder(const VaeOptions& o) : Layer("VaeDecoder"), act_fn_(o.act_fn) {
+VaeDecoder::VaeDecoder(const VaeOptions& o) : Layer("VaeDecoder") {
   int64_t channels = o.block_out_channels.back();
   conv_in_ = AddLayer<Conv2d>("conv_in", Conv2d::Options{o.in_channels, channels, 3, 1, 1});
   mid_block_ = AddLayer<VaeMidBlock2D>("mid_block", channels, o);
@@ -114,7 +114,7 @@ std::vector<Value> VaeDecoder::ExportComputationGraph(ComputationGraph&,
                                                       std::span<const Value> inputs) {
   Value x = mid_block_->Call(conv_in_->Call(Required(inputs, 0, "sample")));
   for (VaeBlock2D* block : up_blocks_) x = block->Call(x);
-  return {conv_out_->Call(Activate(act_fn_, conv_norm_out_->Call(x)))};
+  return {conv_out_->Call(Silu(conv_norm_out_->Call(x)))};
 }
 
 }  // namespace calotype::nn

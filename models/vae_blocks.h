@@ -17,7 +17,7 @@ struct VaeOptions {
   std::vector<int64_t> block_out_channels = {64};  // from the picture's side to the latents'
   int64_t layers_per_block = 2;
   int64_t norm_num_groups = 32;
-  std::string act_fn = "silu";
+  std::string act_fn = "silu";  // of the resnets; SiLU follows the last norm
   bool mid_block_add_attention = true;
 };
 
@@ -56,7 +56,6 @@ class VaeEncoder : public Layer {
                                             std::span<const Value> inputs) override;
 
  private:
-  std::string act_fn_;
   Conv2d *conv_in_, *conv_out_;
   std::vector<VaeBlock2D*> down_blocks_;
   VaeMidBlock2D* mid_block_;
@@ -71,7 +70,6 @@ class VaeDecoder : public Layer {
                                             std::span<const Value> inputs) override;
 
  private:
-  std::string act_fn_;
   Conv2d *conv_in_, *conv_out_;
   VaeMidBlock2D* mid_block_;
   std::vector<VaeBlock2D*> up_blocks_;
