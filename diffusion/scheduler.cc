@@ -39,6 +39,22 @@ void Scheduler::SetTimesteps(int64_t steps) {
   timesteps_ = std::move(timesteps);
 }
 
+void Scheduler::SetCustomTimesteps(std::span<const int64_t> timesteps) {
+  Check<UnsupportedError>(config_.type == "DDPMScheduler",
+                          "scheduler: {} takes no list of timesteps, DDPMScheduler does",
+                          config_.type);
+  Check(!timesteps.empty(), "scheduler: the list of timesteps is empty");
+  int64_t behind = noise_schedule_.size();
+  for (int64_t t : timesteps) {
+    Check(t >= 0 && t < behind,
+          "scheduler: timestep {} of the list must be in [0, {}): they descend, from {} at most", t,
+          behind, noise_schedule_.size() - 1);
+    behind = t;
+  }
+  first_ = next_ = -1;
+  timesteps_.assign(timesteps.begin(), timesteps.end());
+}
+
 std::vector<double> Scheduler::ChooseTimesteps(int64_t steps) {
   const int64_t T = noise_schedule_.size();
   std::vector<double> timesteps(static_cast<size_t>(steps));

@@ -50,6 +50,9 @@ class Scheduler {
   // The classes say where they differ. Errors: ValueError unless 1 <= N <= T, or if steps_offset
   // puts a timestep behind T-1.
   void SetTimesteps(int64_t steps);
+  // These timesteps instead, DDPM only. Errors: UnsupportedError for another class; ValueError
+  // unless they descend, within [0, T).
+  void SetCustomTimesteps(std::span<const int64_t> timesteps);
   // One for each call of the model; float32 numbers. Errors: ValueError before SetTimesteps.
   const std::vector<double>& timesteps() const;
   int64_t size() const { return static_cast<int64_t>(timesteps().size()); }

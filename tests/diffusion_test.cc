@@ -505,6 +505,27 @@ TEST(Scheduler, DdpmLoops) {
   }
 }
 
+// diffusers' DDPMScheduler.set_timesteps(timesteps=[...]), with noise of zeros.
+TEST(Scheduler, DdpmWithAListOfTimesteps) {
+  DdpmScheduler scheduler({.type = "DDPMScheduler"});
+  const std::vector<int64_t> timesteps{700, 451, 90, 87, 3};
+  scheduler.SetCustomTimesteps(timesteps);
+  const double variances[] = {0.83281231, 0.085562199, 0.0052750614, 0.00051635649, 1e-20};
+  for (int64_t i = 0; i < 5; ++i) {
+    EXPECT_EQ(scheduler.timesteps()[i], timesteps[i]);
+    EXPECT_NEAR(scheduler.Variance(i), variances[i], 1e-5 * variances[i]) << i;
+  }
+  auto zeros = [] { return Tensor::Zeros({4, 3, 8, 8}); };
+  EXPECT_NEAR(LoopSum(scheduler, LoopSample(false), zeros), 13.504122, 1e-4);
+  for (const std::vector<int64_t>& bad :
+       std::vector<std::vector<int64_t>>{{}, {1000, 3}, {5, 5}, {3, 4}, {4, -1}}) {
+    EXPECT_THROW(scheduler.SetCustomTimesteps(bad), ValueError);
+  }
+  EXPECT_EQ(scheduler.size(), 5);
+  DdimScheduler ddim({});
+  EXPECT_THROW(ddim.SetCustomTimesteps(timesteps), UnsupportedError);
+}
+
 // DDIM with eta 1 on all timesteps is DDPM with the small variance.
 TEST(Scheduler, DdimWithEtaOneIsDdpm) {
   Random random(5);
