@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <type_traits>
 
 namespace calotype::nn {
 
@@ -137,6 +138,66 @@ void SetAttentionSlice(Layer& model, std::string_view mode) {
   SetSlices(model, [&](size_t, const Attention& module) {
     return mode == "max" ? 1 : std::max<int64_t>(1, module.options().heads / 2);
   });
+}
+
+namespace {
+
+template <ScoreKernel kernel>
+AttentionProcessor WithKernel(const AttentionProcessor& processor, std::string_view path,
+                              const AttentionProcessor& plain,
+                              AttentionOpArgument<kernel> attention_op) {
+  return std::visit(
+      [&]<class P>(const P& p) -> AttentionProcessor {
+        if constexpr (requires { p.train_kv; }) {
+          return CustomDiffusionProcessor<kernel>{
+              p.train_kv, p.train_q_out, p.hidden_size, p.cross_attention_dim,
+              p.out_bias, p.dropout,     attention_op};
+        } else if constexpr (requires { p.q_rank; }) {
+          return LoRAProcessor<kernel>{
+              p.hidden_size, p.cross_attention_dim, p.rank,   p.network_alpha,
+              p.q_rank,      p.q_hidden_size,       p.v_rank, p.v_hidden_size,
+              p.out_rank,    p.out_hidden_size,     p.scale,  attention_op};
+        } else {
+          constexpr bool kPlain =
+              std::is_same_v<P, AttnProcessor> || std::is_same_v<P, AttnProcessor2_0> ||
+              std::is_same_v<P, XFormersAttnProcessor> || std::is_same_v<P, SlicedAttnProcessor>;
+          Check<UnsupportedError>(kPlain, "attention: the {} of {} has no XFormers form", P::kName,
+                                  path);
+          return plain;
+        }
+      },
+      processor);
+}
+
+}  // namespace
+
+void SetUseMemoryEfficientAttentionXFormers(Layer& model, bool use, AttentionOp attention_op) {
+  auto modules = AttentionModules(model);
+  std::vector<AttentionProcessor> chosen;
+  std::vector<std::map<std::string, Tensor>> values(modules.size());
+  for (const auto& [path, module] : modules) {
+    const AttentionProcessor& now = module->processor();
+    if (use) {
+      chosen.push_back(WithKernel<ScoreKernel::kXFormers>(
+          now, path, XFormersAttnProcessor{attention_op}, attention_op));
+    } else if (module->options().scale_qk) {
+      chosen.push_back(WithKernel<ScoreKernel::kFused>(now, path, AttnProcessor2_0{}, {}));
+    } else {
+      chosen.push_back(WithKernel<ScoreKernel::kExplicit>(now, path, AttnProcessor{}, {}));
+    }
+    if (!module->processor_has_parameters()) continue;
+    for (const ParameterPtr& parameter : module->NamedParameters()) {
+      std::string name =
+          parameter->name().substr(module->path().empty() ? 0 : module->path().size() + 1);
+      if (name.starts_with("processor.")) {
+        values[chosen.size() - 1][name] = parameter->value().Clone();
+      }
+    }
+  }
+  SetEach(modules, [&](size_t i) { return chosen[i]; });
+  for (size_t i = 0; i < modules.size(); ++i) {
+    if (!values[i].empty()) modules[i].second->LoadParameters(values[i], /*strict=*/false);
+  }
 }
 
 std::map<std::string, AttentionProcessor> FuseQkvProjections(Layer& model) {

@@ -41,6 +41,13 @@ void SetAttentionSlice(Layer& model, int64_t slice_size);
 void SetAttentionSlice(Layer& model, std::span<const int64_t> slice_sizes);
 void SetAttentionSlice(Layer& model, std::string_view mode);
 
+// Sets the XFormers form of each processor (XFormers..., CustomDiffusionXFormers...,
+// LoRAXFormersAttnProcessor), or with `use` false its 2_0 form (for a module with scale_qk = false
+// the plain one). Parameters of the processors keep their values. Errors: UnsupportedError for a
+// processor without such forms, which AddedKV, CrossFrame and Fused ones are.
+void SetUseMemoryEfficientAttentionXFormers(Layer& model, bool use,
+                                            AttentionOp attention_op = AttentionOp::kAuto);
+
 // Fuses the projections of every module (Attention::FuseProjections) and sets
 // FusedAttnProcessor2_0. Returns the processors before, for UnfuseQkvProjections. Errors:
 // UnsupportedError with AddedKV processors; ValueError for a module whose processor has parameters.

@@ -684,5 +684,43 @@ TEST(AttentionModulesTest, SlicingFusingAndLoRAOfAUNet) {
   EXPECT_EQ(unet.ParameterShapes().size(), parameters);
 }
 
+TEST(AttentionModulesTest, XFormersOnAndOff) {
+  UNet2DConditionModel unet(TinyUNet());
+  unet.SetTrainingMode(false);
+  unet.Initialize(4);
+  Tensor x = Normal({2, 4, 8, 8}, 1), t = Tensor::From({1}, std::vector<float>{300}),
+         e = Normal({2, 5, 6}, 2);
+  for (const AttentionProcessor& processor : std::vector<AttentionProcessor>{
+           nn::AttnProcessor2_0{}, nn::CustomDiffusionAttnProcessor{},
+           nn::LoRAAttnProcessor{.rank = 2, .network_alpha = 5, .scale = 0.5}}) {
+    SCOPED_TRACE(nn::NameOf(processor));
+    nn::SetAttnProcessor(unet, processor);
+    for (const ParameterPtr& p : unet.NamedParameters()) {
+      if (p->name().find(".processor.") != std::string::npos) {
+        p->Write().CopyFrom(
+            Random(p->name().size()).UniformTensor(p->value().shape(), -0.3f, 0.3f));
+      }
+    }
+    auto kept = unet.SaveParameters();
+    Tensor expected = unet.Forward({x, t, e});
+    for (bool use : {true, false}) {
+      nn::SetUseMemoryEfficientAttentionXFormers(unet, use, nn::AttentionOp::kSingleBlock);
+      std::string_view name = nn::NameOf(nn::AttnProcessors(unet)[5].second);
+      EXPECT_EQ(name.find("XFormers") != std::string_view::npos, use) << name;
+      EXPECT_EQ(name.ends_with("2_0"), !use) << name;
+      EXPECT_EQ(name.starts_with("LoRA"), nn::NameOf(processor).starts_with("LoRA"));
+      EXPECT_EQ(name.starts_with("Custom"), nn::NameOf(processor).starts_with("Custom"));
+      auto now = unet.SaveParameters();
+      ASSERT_EQ(now.size(), kept.size());
+      for (const auto& [path, value] : kept) EXPECT_EQ(RelativeError(now.at(path), value), 0);
+      EXPECT_LT(RelativeError(unet.Forward({x, t, e}), expected), 5e-6);
+    }
+  }
+  nn::SetAttnProcessor(unet, nn::CrossFrameAttnProcessor{});
+  EXPECT_THAT(
+      MessageOf<UnsupportedError>([&] { nn::SetUseMemoryEfficientAttentionXFormers(unet, true); }),
+      HasSubstr("CrossFrameAttnProcessor"));
+}
+
 }  // namespace
 }  // namespace calotype
