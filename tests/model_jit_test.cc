@@ -285,6 +285,36 @@ TEST(ModelJit, FlashAttentionWithGradients) {
   }
 }
 
+// Attention of x with a seed for its dropout.
+class DroppingAttention : public Layer {
+ public:
+  explicit DroppingAttention(const nn::AttentionProcessor& processor) : Layer("Dropping") {
+    attention_ = AddLayer<nn::Attention>(
+        "attention",
+        nn::Attention::Options{.query_dim = 12, .heads = 2, .dim_head = 6, .dropout = 0.25});
+    attention_->SetProcessor(processor);
+  }
+  std::vector<Value> ExportComputationGraph(ComputationGraph&,
+                                            std::span<const Value> inputs) override {
+    return {attention_->Call({inputs[0], Value{}, Value{}, Value{}, inputs[1]})};
+  }
+
+ private:
+  nn::Attention* attention_;
+};
+
+TEST(ModelJit, AttentionWithDropoutAndGradients) {
+  for (const nn::AttentionProcessor& processor : std::vector<nn::AttentionProcessor>{
+           nn::AttnProcessor{}, nn::CustomDiffusionXFormersAttnProcessor{},
+           nn::CustomDiffusionAttnProcessor2_0{.dropout = 0.5}}) {
+    DroppingAttention layer(processor);
+    layer.Initialize(1);
+    ExpectGradientsMatch(layer, {{"x", {DType::kF32, {2, 9, 12}}}, {"seed", {DType::kI64, {1}}}},
+                         {Random(4).NormalTensor({2, 9, 12}), Tensor::From<int64_t>({1}, {5})},
+                         2e-5);
+  }
+}
+
 TEST(ModelJit, UNetGradients) {
   UNet2DConditionConfig config = UNetPreset("toy16");
   config.block_out_channels = {8, 16};
