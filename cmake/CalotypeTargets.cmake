@@ -30,7 +30,7 @@ else()
 endif()
 
 # calotype_flags(target level): `level` is the optimisation of release builds: -O2 in the libraries, -O3
-# in *_isa.cc, -O1 in programs, tests and libraries that only call others, -O0 in tests of the pipelines.
+# in *_isa.cc, -O1 in programs and libraries that only call others, -O0 in most tests.
 # Building takes a third less time than with -O3 for all.
 function(calotype_flags target level)
   target_compile_features(${target} PUBLIC cxx_std_20)
