@@ -99,6 +99,10 @@ Image ResizeLanczos(const Image& image, int width, int height) {
   Check(width >= 1 && height >= 1 && width <= kMost && height <= kMost,
         "resize: the size {} x {} is not in [1, {}]", width, height, kMost);
   if (width == image.width && height == image.height) return image;
+  if (height < image.height && image.height - height > 2 * (image.width - width)) {
+    const Image columns = ResizeColumns(image, height);
+    return width == image.width ? columns : ResizeRows(columns, width);
+  }
   Image rows = width == image.width ? image : ResizeRows(image, width);
   return height == rows.height ? rows : ResizeColumns(rows, height);
 }

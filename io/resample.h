@@ -10,7 +10,8 @@
 namespace calotype {
 
 // Image.resize((width, height), LANCZOS): the windowed sinc of three lobes, widened when shrinking;
-// first along x, then along y, in fixed point and rounded to bytes after each. The same picture if
+// along x, then along y, in fixed point and rounded to bytes after each. As from Pillow 13 on,
+// along y first if the height shrinks, by more than twice what the width does. The same picture if
 // the size is. Errors: ValueError unless 1 <= width, height <= 16384.
 Image ResizeLanczos(const Image& image, int width, int height);
 

@@ -401,7 +401,14 @@ TEST(JpegTest, DamagedFilesAreErrors) {
 
 TEST(ResampleTest, LanczosIsPillowsToTheByte) {
   const Image noise = ReadPng(PictureFixture("noise.png"));
-  for (auto [width, height] : {std::pair{64, 40}, {16, 23}, {31, 7}, {5, 3}}) {
+  for (auto [width, height] : {std::pair{64, 40},
+                               {16, 23},
+                               {31, 7},
+                               {5, 3},
+                               // Along y first; on both sides of the limit.
+                               {40, 15},
+                               {28, 16},
+                               {28, 17}}) {
     EXPECT_EQ(ResizeLanczos(noise, width, height),
               ReadPng(PictureFixture(fmt::format("noise-{}x{}.png", width, height))))
         << width << " x " << height;
