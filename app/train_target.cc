@@ -25,7 +25,7 @@ struct Texts {
 // or TrainCustomDiffusion. `use`: the options of `sample` that draw with the result in a folder.
 template <class Own, class Train>
 void AddTraining(Options& app, Selected& selected, const Texts& texts, const TrainOptions& defaults,
-                 const Train& train, std::string (*use)(const fs::path& folder)) {
+                 Train* train, std::string (*use)(const fs::path& folder)) {
   struct Command {
     Own own;
     TrainOptions options;

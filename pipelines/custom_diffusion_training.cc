@@ -115,9 +115,8 @@ TrainResult TrainCustomDiffusion(CustomDiffusionTrainOptions custom, TrainOption
   if (copies) AddCustomDiffusion(model->unet(), custom.freeze_model);
   TrainTarget target{.parameters = CustomDiffusionParameters(model->unet()),
                      .save =
-                         [&](const fs::path& run) {
-                           if (copies)
-                             SaveCustomDiffusion(run / kCustomDiffusionFile, model->unet());
+                         [&, &unet = model->unet()](const fs::path& run) {
+                           if (copies) SaveCustomDiffusion(run / kCustomDiffusionFile, unet);
                            for (const Word& word : words)
                              SaveWordEmbedding(FileOf(run, word.text), word.text,
                                                word.embedding->value());

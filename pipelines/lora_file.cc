@@ -107,8 +107,9 @@ void CheckMethod(const TensorFile& file, const std::string& source) {
       {".lora_B.bias", "a bias (lora_B.bias)"},
   }};
   for (auto [mark, method] : kMethods) {
-    auto count = std::ranges::count_if(
-        file.tensors, [&](const auto& t) { return t.first.find(mark) != std::string::npos; });
+    auto count = std::ranges::count_if(file.tensors, [&, text = mark](const auto& t) {
+      return t.first.find(text) != t.first.npos;
+    });
     Check<UnsupportedFileError>(count == 0,
                                 "{}: {} of {} tensors belong to {}, which is not supported; only "
                                 "low-rank terms (lora_down and lora_up, lora_A and lora_B) are",
@@ -219,7 +220,7 @@ LoraFile FromTensors(TensorFile file, const std::string& source) {
     }
     bool kohya = !name->dialect && name->module.starts_with("lora_");
     std::string module = name->module;
-    if (!kohya && !prefixed) module = "unet." + module;
+    if (!kohya && !prefixed) module.insert(0, "unet.");
     // "unet.base_model.model.M"
     if (size_t at = module.find(".base_model.model."); at != std::string::npos)
       module.erase(at, 17);
