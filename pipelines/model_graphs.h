@@ -24,7 +24,7 @@ struct UNetShape {
   int64_t batch = 1;
   int64_t height = 0, width = 0;  // of the sample, not the picture
   int64_t tokens = 0;             // of the context
-  auto operator<=>(const UNetShape&) const = default;
+  auto operator<=>(const UNetShape&) const = default;  // NOLINT: clang-tidy 14 sees a null pointer
 };
 // Builds the prediction and returns it, and behind it whatever else the graph shall have as
 // outputs; may declare further inputs, and change the attention of the U-Net meanwhile.

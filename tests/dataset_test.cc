@@ -184,7 +184,7 @@ Image Coordinates(int width, int height) {
 struct Part {
   int left, top;
   bool mirrored;
-  auto operator<=>(const Part&) const = default;
+  auto operator<=>(const Part&) const = default;  // NOLINT: clang-tidy 14 sees a null pointer
 };
 Part PartOf(const Tensor& x, int side) {
   auto byte = [&](int channel, int row, int column) {
