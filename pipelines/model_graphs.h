@@ -22,8 +22,8 @@ ComputationGraph EncoderGraph(DiffusionModel& model, int64_t batch, int64_t clip
 // The inputs of a UNetGraph. 0: the model's.
 struct UNetShape {
   int64_t batch = 1;
-  int64_t height = 0, width = 0;  // of the sample, not the picture
-  int64_t tokens = 0;             // of the context
+  int64_t height = 0, width = 0;                       // of the sample, not the picture
+  int64_t tokens = 0;                                  // of the context
   auto operator<=>(const UNetShape&) const = default;  // NOLINT: clang-tidy 14 sees a null pointer
 };
 // Builds the prediction and returns it, and behind it whatever else the graph shall have as
