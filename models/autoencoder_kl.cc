@@ -147,10 +147,12 @@ AutoencoderKL::AutoencoderKL(const AutoencoderKLConfig& config) : Layer(kOwner),
 }
 
 void AutoencoderKL::SetTiling(const std::optional<VaeTiling>& tiling) {
-  Changed();
-  encode_tiles_.reset();
-  decode_tiles_.reset();
-  if (!tiling) return;
+  if (!tiling) {
+    encode_tiles_.reset();
+    decode_tiles_.reset();
+    Changed();
+    return;
+  }
   int64_t factor = config_.Factor();
   int64_t pixels = tiling->sample_size > 0 ? tiling->sample_size : config_.sample_size;
   int64_t latents = pixels / factor;
@@ -159,16 +161,19 @@ void AutoencoderKL::SetTiling(const std::optional<VaeTiling>& tiling) {
   auto part = [](int64_t size, double share) {
     return static_cast<int64_t>(static_cast<double>(size) * share);
   };
-  encode_tiles_ = Tiles{pixels, part(pixels, 1 - tiling->overlap), part(latents, tiling->overlap),
-                        latents - part(latents, tiling->overlap)};
-  decode_tiles_ = Tiles{latents, part(latents, 1 - tiling->overlap), part(pixels, tiling->overlap),
-                        pixels - part(pixels, tiling->overlap)};
+  const Tiles encode{pixels, part(pixels, 1 - tiling->overlap), part(latents, tiling->overlap),
+                     latents - part(latents, tiling->overlap)};
+  const Tiles decode{latents, part(latents, 1 - tiling->overlap), part(pixels, tiling->overlap),
+                     pixels - part(pixels, tiling->overlap)};
   Check(
-      latents > 0 && encode_tiles_->stride == factor * encode_tiles_->limit &&
-          factor * decode_tiles_->stride == decode_tiles_->limit,
+      latents > 0 && encode.stride == factor * encode.limit &&
+          factor * decode.stride == decode.limit,
       "{}: tiles of {} pixels with overlap {} do not fit together; {} pixels make one latent, and "
       "tile and band must be multiples of it",
       kOwner, pixels, tiling->overlap, factor);
+  encode_tiles_ = encode;
+  decode_tiles_ = decode;
+  Changed();
 }
 
 // Applies a network to overlapping tiles of x and joins the results as diffusers does: each tile is

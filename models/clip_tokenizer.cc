@@ -153,9 +153,15 @@ CLIPTokenizerConfig CLIPTokenizerConfig::FromJson(std::string_view text) {
   fields.Field("tokenizer_class", tokenizer_class);
   Check<UnsupportedError>(tokenizer_class == kOwner || tokenizer_class == "CLIPTokenizerFast",
                           "{}: tokenizer_class is '{}'", kOwner, tokenizer_class);
+  fields.Only("padding_side", "right");
+  fields.Only("truncation_side", "right");
+  fields.Only("pad_token_type_id", 0);
+  // max_length to truncation_strategy: what transformers 5 writes once the tokenizer has been
+  // called, the arguments of that call.
   for (const char* name : {"added_tokens_decoder", "backend", "clean_up_tokenization_spaces",
-                           "errors", "extra_special_tokens", "is_local", "name_or_path",
-                           "special_tokens_map_file", "tokenizer_file"}) {
+                           "errors", "extra_special_tokens", "is_local", "local_files_only",
+                           "name_or_path", "special_tokens_map_file", "tokenizer_file",
+                           "max_length", "pad_to_multiple_of", "stride", "truncation_strategy"}) {
     fields.Ignore(name);
   }
   fields.CheckAllRead();

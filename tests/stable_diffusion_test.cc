@@ -251,12 +251,15 @@ TEST(AutoencoderKLTest, TilingBoundsMemory) {
 
 TEST(AutoencoderKLTest, TilingIsChecked) {
   AutoencoderKL vae(TinyVae());
+  vae.SetTiling(VaeTiling{.sample_size = 16});
+  const uint64_t revision = vae.Revision();
   auto error = [&](VaeTiling tiling) {
     return MessageOf<ValueError>([&] { vae.SetTiling(tiling); });
   };
   EXPECT_THAT(error({.sample_size = 16, .overlap = 0.7}), HasSubstr("overlap 0.7"));
   EXPECT_THAT(error({.sample_size = 15}), HasSubstr("tiles of 15 pixels"));
   EXPECT_THAT(error({.sample_size = 16, .overlap = 0.2}), HasSubstr("fit together"));
+  EXPECT_EQ(vae.Revision(), revision);  // the model is as it was
 }
 
 TEST(AutoencoderKLTest, ConfigRoundTripAndErrors) {
@@ -562,6 +565,21 @@ TEST(CLIPTokenizerTest, BadFilesAreRefused) {
               HasSubstr("521"));
 }
 
+// What transformers 5.23 writes for a tokenizer that has been called.
+TEST(CLIPTokenizerTest, ConfigFileOfTransformers5) {
+  CLIPTokenizerConfig config = CLIPTokenizerConfig::FromJson(R"({
+    "add_prefix_space": false, "backend": "tokenizers", "bos_token": "<|startoftext|>",
+    "do_lower_case": true, "eos_token": "<|endoftext|>", "errors": "replace", "is_local": true,
+    "local_files_only": false, "max_length": 77, "model_max_length": 77,
+    "pad_to_multiple_of": null, "pad_token": "<|endoftext|>", "pad_token_type_id": 0,
+    "padding_side": "right", "stride": 0, "tokenizer_class": "CLIPTokenizer",
+    "truncation_side": "right", "truncation_strategy": "longest_first",
+    "unk_token": "<|endoftext|>"})");
+  EXPECT_EQ(config.model_max_length, 77);
+  EXPECT_EQ(config.bos_token, "<|startoftext|>");
+  EXPECT_EQ(config.pad_token, "<|endoftext|>");
+}
+
 TEST(CLIPTokenizerTest, ConfigFile) {
   CLIPTokenizerConfig config = CLIPTokenizerConfig::FromJson(
       R"({"add_prefix_space": false, "bos_token": {"__type": "AddedToken", "content": "<b>"},
@@ -577,6 +595,9 @@ TEST(CLIPTokenizerTest, ConfigFile) {
   EXPECT_THAT(error(R"({"model_max_length": 1})"), HasSubstr("model_max_length"));
   EXPECT_THAT(error(R"({"tokenizer_class": "T5Tokenizer"})"), HasSubstr("T5Tokenizer"));
   EXPECT_THAT(error(R"({"bos_tokn": "x"})"), HasSubstr("bos_tokn"));
+  EXPECT_THAT(error(R"({"padding_side": "left"})"), HasSubstr("padding_side"));
+  EXPECT_THAT(error(R"({"truncation_side": "left"})"), HasSubstr("truncation_side"));
+  EXPECT_THAT(error(R"({"pad_token_type_id": 1})"), HasSubstr("pad_token_type_id"));
   EXPECT_THAT(error(R"({"bos_token": 3})"), HasSubstr("bos_token"));
 }
 
