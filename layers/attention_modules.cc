@@ -102,10 +102,10 @@ void SetDefaultAttnProcessor(Layer& model) {
         "attention: {} of {} modules have AddedKV processors, so no default fits all", added,
         modules.size());
   Check(!modules.empty(), "attention: the model has no attention module");
+  CheckNothingIsLost(modules);
   for (const auto& [path, module] : modules) {
     std::string_view name = NameOf(module->processor());
-    Check(!name.starts_with("CustomDiffusion") && !name.starts_with("CrossFrame") &&
-              !name.starts_with("Fused"),
+    Check(!name.starts_with("CrossFrame") && !name.starts_with("Fused"),
           "attention: the {} of {} has no default to go back to; set another processor by name",
           name, path);
   }
@@ -175,6 +175,7 @@ void SetUseMemoryEfficientAttentionXFormers(Layer& model, bool use, AttentionOp 
   auto modules = AttentionModules(model);
   std::vector<AttentionProcessor> chosen;
   std::vector<std::map<std::string, Tensor>> values(modules.size());
+  std::vector<std::pair<Attention*, std::string>> frozen;
   for (const auto& [path, module] : modules) {
     const AttentionProcessor& now = module->processor();
     if (use) {
@@ -191,6 +192,7 @@ void SetUseMemoryEfficientAttentionXFormers(Layer& model, bool use, AttentionOp 
           parameter->name().substr(module->path().empty() ? 0 : module->path().size() + 1);
       if (name.starts_with("processor.")) {
         values[chosen.size() - 1][name] = parameter->value().Clone();
+        if (!parameter->trainable()) frozen.emplace_back(module, name);
       }
     }
   }
@@ -198,6 +200,7 @@ void SetUseMemoryEfficientAttentionXFormers(Layer& model, bool use, AttentionOp 
   for (size_t i = 0; i < modules.size(); ++i) {
     if (!values[i].empty()) modules[i].second->LoadParameters(values[i], /*strict=*/false);
   }
+  for (const auto& [module, name] : frozen) module->FindParameter(name)->set_trainable(false);
 }
 
 std::map<std::string, AttentionProcessor> FuseQkvProjections(Layer& model) {

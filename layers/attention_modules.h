@@ -28,8 +28,8 @@ std::vector<std::pair<std::string, AttentionProcessor>> AttnProcessors(Layer& mo
 void SetAttnProcessor(Layer& model, const AttentionProcessor& processor);
 void SetAttnProcessor(Layer& model, const std::map<std::string, AttentionProcessor>& processors);
 // AttnAddedKVProcessor for all if all are of the AddedKV kind, AttnProcessor for all if none is.
-// Errors: ValueError for a model with both, with none, or with processors that are no variants of
-// these two: CustomDiffusion..., CrossFrame..., Fused...
+// Errors: ValueError for a model with both, with none, with processors that are no variants of
+// these two (CrossFrame..., Fused...), or with one that has parameters, which would be lost.
 void SetDefaultAttnProcessor(Layer& model);
 
 // Slices the scores: slice_size rows of batch * heads at a time in every module (SlicedAttn... or
@@ -43,8 +43,10 @@ void SetAttentionSlice(Layer& model, std::string_view mode);
 
 // Sets the XFormers form of each processor (XFormers..., CustomDiffusionXFormers...,
 // LoRAXFormersAttnProcessor), or with `use` false its 2_0 form (for a module with scale_qk = false
-// the plain one). Parameters of the processors keep their values. Errors: UnsupportedError for a
-// processor without such forms, which AddedKV, CrossFrame and Fused ones are.
+// the plain one). Parameters of the processors keep their values, and are trainable or not as
+// before, but they are new objects: an optimizer of the parameters before would no longer reach the
+// model, so build it afterwards. Errors: UnsupportedError for a processor without such forms, which
+// AddedKV, CrossFrame and Fused ones are.
 void SetUseMemoryEfficientAttentionXFormers(Layer& model, bool use,
                                             AttentionOp attention_op = AttentionOp::kAuto);
 

@@ -255,8 +255,11 @@ Value AttentionProcessorBuilder::Out(Value attended) {
       },
       attention.processor_);
   if (dropout == 0 || !attention.training()) return y;
-  Check<ShapeError>(in.seed.defined(), "{}: a dropout of {} needs the input seed in training",
-                    attention.Describe(), dropout);
+  Check<ShapeError>(
+      in.seed.defined(),
+      "{}: a dropout of {} needs the input seed in training, which only a module that is "
+      "called by itself can be given; in a U-Net it must be 0",
+      attention.Describe(), dropout);
   auto drop = static_cast<float>(dropout);
   // Modules that share a seed drop different values.
   auto stream = static_cast<int64_t>(StreamOf(attention.path()) >> 1);

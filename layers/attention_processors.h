@@ -92,7 +92,9 @@ struct CustomDiffusionProcessor {
   bool train_kv = true, train_q_out = kernel != ScoreKernel::kXFormers;
   int64_t hidden_size = 0, cross_attention_dim = 0;
   bool out_bias = true;
-  double dropout = 0;  // of the result of to_out_custom_diffusion.0, in training mode
+  // Of the result of to_out_custom_diffusion.0, in training mode. It needs the module's input seed,
+  // which a U-Net does not have: there training with another value than 0 is a ShapeError.
+  double dropout = 0;
   [[no_unique_address]] AttentionOpArgument<kernel> attention_op = {};
 };
 using CustomDiffusionAttnProcessor = CustomDiffusionProcessor<ScoreKernel::kExplicit>;

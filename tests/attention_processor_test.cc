@@ -680,7 +680,10 @@ TEST(AttentionModulesTest, SlicingFusingAndLoRAOfAUNet) {
   EXPECT_THAT(MessageOf<ValueError>([&] { nn::SetAttentionSlice(unet, 1); }),
               HasSubstr("would be lost"));
   EXPECT_THAT(MessageOf<ValueError>([&] { nn::FuseQkvProjections(unet); }), HasSubstr("be lost"));
-  nn::SetDefaultAttnProcessor(unet);
+  EXPECT_THAT(MessageOf<ValueError>([&] { nn::SetDefaultAttnProcessor(unet); }),
+              HasSubstr("the LoRAAttnProcessor2_0 of down_blocks.0"));
+  EXPECT_EQ(unet.ParameterShapes().size(), parameters + 8 * 8);
+  nn::SetAttnProcessor(unet, nn::AttnProcessor{});
   EXPECT_EQ(unet.ParameterShapes().size(), parameters);
 }
 
@@ -701,6 +704,14 @@ TEST(AttentionModulesTest, XFormersOnAndOff) {
             Random(p->name().size()).UniformTensor(p->value().shape(), -0.3f, 0.3f));
       }
     }
+    size_t number = 0;
+    for (const ParameterPtr& p : unet.NamedParameters()) p->set_trainable(++number % 3 != 0);
+    auto trainable = [&] {
+      std::map<std::string, bool> flags;
+      for (const ParameterPtr& p : unet.NamedParameters()) flags[p->name()] = p->trainable();
+      return flags;
+    };
+    const auto flags = trainable();
     auto kept = unet.SaveParameters();
     Tensor expected = unet.Forward({x, t, e});
     for (bool use : {true, false}) {
@@ -713,6 +724,7 @@ TEST(AttentionModulesTest, XFormersOnAndOff) {
       auto now = unet.SaveParameters();
       ASSERT_EQ(now.size(), kept.size());
       for (const auto& [path, value] : kept) EXPECT_EQ(RelativeError(now.at(path), value), 0);
+      EXPECT_EQ(trainable(), flags);
       EXPECT_LT(RelativeError(unet.Forward({x, t, e}), expected), 5e-6);
     }
   }
