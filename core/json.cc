@@ -14,6 +14,31 @@ std::string Reason(std::string_view text) {
   return std::string(text.substr(0, std::min(text.find("; last read"), kLongest)));
 }
 
+// The library's writer and destructors call themselves for each level of nesting, so that a file of
+// brackets alone would take the program's stack.
+constexpr int kMostNested = 100;
+
+// True if brackets outside strings nest deeper. What the parser reads before it stops at an error
+// is counted as it reads it.
+bool NestsTooDeep(std::string_view text) {
+  int depth = 0;
+  bool in_string = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (in_string) {
+      if (c == '\\') ++i;
+      if (c == '"') in_string = false;
+    } else if (c == '"') {
+      in_string = true;
+    } else if (c == '[' || c == '{') {
+      if (++depth > kMostNested) return true;
+    } else if (c == ']' || c == '}') {
+      --depth;
+    }
+  }
+  return false;
+}
+
 template <class Json>
 std::string Written(const Json& value, int indent) {
   try {
@@ -27,6 +52,7 @@ std::string Written(const Json& value, int indent) {
 
 template <class Json>
 Json ParseJson(std::string_view text) {
+  if (NestsTooDeep(text)) return Json(Json::value_t::discarded);
   return Json::parse(text, nullptr, /*allow_exceptions=*/false);
 }
 template nlohmann::json ParseJson(std::string_view);
@@ -36,6 +62,8 @@ template <class E>
 nlohmann::json ParseJsonObject(std::string_view text, std::string_view what,
                                const std::function<void(const std::string&)>& on_key) {
   using nlohmann::json;
+  Check<E>(!NestsTooDeep(text), "{}: not a JSON object: nested deeper than {} levels", what,
+           kMostNested);
   json value;
   try {
     json::parser_callback_t hear;
@@ -47,7 +75,12 @@ nlohmann::json ParseJsonObject(std::string_view text, std::string_view what,
     }
     value = json::parse(text, hear);
   } catch (const json::exception& error) {
-    Fail<E>("{}: not a JSON object: {}", what, Reason(error.what()));
+    std::string reason = Reason(error.what());
+    // A text of one line may itself be a line of a file, which `what` names.
+    constexpr std::string_view kLine = "line 1, ";
+    const size_t at = reason.find(kLine);
+    if (at != reason.npos && text.find('\n') == text.npos) reason.erase(at, kLine.size());
+    Fail<E>("{}: not a JSON object: {}", what, reason);
   }
   Check<E>(value.is_object(), "{}: not a JSON object: it is {} {}", what,
            value.is_array() ? "an" : "a", value.type_name());

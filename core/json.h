@@ -12,14 +12,15 @@
 
 namespace calotype {
 
-// The value that the text is; one with is_discarded() if it is not JSON. Json: nlohmann::json, or
-// ordered_json, which keeps the order of keys.
+// The value that the text is; one with is_discarded() if it is not JSON, or lists and objects nest
+// deeper than 100 levels. Json: nlohmann::json, or ordered_json, which keeps the order of keys.
 template <class Json = nlohmann::json>
 Json ParseJson(std::string_view text);
 
 // The object that the text is; `on_key` hears each key, inner ones included, before equal keys are
-// merged. Errors: E (FileError or ValueError) "{what}: not a JSON object: ..." with line and
-// column; what on_key throws.
+// merged. Errors: E (FileError or ValueError) "{what}: not a JSON object: ..." with line (of a
+// text of several) and column, or if lists and objects nest deeper than 100 levels; what on_key
+// throws.
 template <class E = FileError>
 nlohmann::json ParseJsonObject(std::string_view text, std::string_view what,
                                const std::function<void(const std::string&)>& on_key = nullptr);

@@ -240,6 +240,33 @@ TEST(JsonTest, TextAndBack) {
   EXPECT_THAT(MessageOf<ValueError>([] { JsonText(std::string("\xff")); }), HasSubstr("UTF-8"));
 }
 
+// The JSON library calls itself for each level where it writes and destroys.
+TEST(JsonTest, DeepNestingIsRefused) {
+  auto nested = [](size_t levels, const std::string& inner = "") {
+    std::string open, close;
+    for (size_t i = 0; i < levels; ++i) {
+      open += i % 2 ? "[" : "{\"a\\\"\\\\\": ";
+      close.insert(0, i % 2 ? "]" : "}");
+    }
+    return open + (inner.empty() ? "{}" : inner) + close;
+  };
+  for (size_t levels : {size_t{100}, size_t{200000}}) {
+    EXPECT_TRUE(ParseJson(nested(levels)).is_discarded());
+    EXPECT_TRUE(ParseJson<nlohmann::ordered_json>(nested(levels)).is_discarded());
+    EXPECT_THAT(MessageOf<FileError>([&] { ParseJsonObject(nested(levels), "a.json"); }),
+                HasSubstr("a.json: not a JSON object: nested deeper than 100 levels"));
+    EXPECT_THROW(ParseJsonObject<ValueError>(nested(levels), "x"), ValueError);
+  }
+  EXPECT_THAT(MessageOf<FileError>([&] { ParseJsonObject(std::string(200000, '['), "x"); }),
+              HasSubstr("nested deeper"));
+  EXPECT_EQ(JsonText(ParseJson(nested(99))).size(), nested(99).size() - 50);  // one space each
+  // Brackets in strings and lists side by side are no nesting.
+  ParseJsonObject(nested(99, "\"\\\"" + std::string(1000, '[') + "\""), "x");
+  std::string wide = "[[]";
+  for (int i = 0; i < 1000; ++i) wide += ", [{}]";
+  EXPECT_EQ(ParseJson(wide + "]").size(), 1001u);
+}
+
 TEST(JsonTest, WhatIsNoObjectIsNamedWithItsPlace) {
   auto message = [](const std::string& text) {
     return MessageOf<FileError>([&] { ParseJsonObject(text, "a.json"); });
@@ -247,6 +274,7 @@ TEST(JsonTest, WhatIsNoObjectIsNamedWithItsPlace) {
   EXPECT_THAT(
       message("{\"a\": 1,\n \"b\" 2}"),
       HasSubstr("a.json: not a JSON object: parse error at line 2, column 6: syntax error"));
+  EXPECT_THAT(message("{\"b\" 2}"), HasSubstr("object: parse error at column 6: syntax error"));
   EXPECT_THAT(message(""), HasSubstr("unexpected end of input"));
   EXPECT_THAT(message("[]"), HasSubstr("a.json: not a JSON object: it is an array"));
   EXPECT_THAT(message("{\"a\": 1e999}"), HasSubstr("number overflow"));
