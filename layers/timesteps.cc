@@ -54,11 +54,13 @@ std::vector<Value> TimestepEmbedding::ExportComputationGraph(ComputationGraph&,
                                                              std::span<const Value> inputs) {
   Value x = Required(inputs, 0, "sample"), condition = Optional(inputs, 1);
   if (condition.defined()) {
-    Check<ShapeError>(cond_proj_ && condition.rank() == 2 &&
-                          (condition.dim(0) == x.dim(0) || condition.dim(0) == 1) &&
-                          condition.dim(1) == options_.cond_proj_dim,
-                      "{}: condition {} must be [{} or 1, {}] (cond_proj_dim; 0: none)", Describe(),
-                      condition.shape(), x.dim(0), options_.cond_proj_dim);
+    Check<ShapeError>(cond_proj_, "{}: a condition {} is given, but there is no cond_proj_dim",
+                      Describe(), condition.shape());
+    Check<ShapeError>(condition.rank() == 2 && condition.dim(1) == options_.cond_proj_dim &&
+                          (condition.dim(0) == x.dim(0) || condition.dim(0) == 1 || x.dim(0) == 1),
+                      "{}: condition {} must be [{}, {}] (rows, cond_proj_dim)", Describe(),
+                      condition.shape(), x.dim(0) == 1 ? "any" : fmt::format("{} or 1", x.dim(0)),
+                      options_.cond_proj_dim);
     x = x + cond_proj_->Call(condition);
   }
   Value y = linear_2_->Call(Activate(options_.act_fn, linear_1_->Call(x)));

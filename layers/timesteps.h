@@ -31,7 +31,7 @@ class Timesteps : public Layer {
   std::vector<float> frequencies_;
 };
 
-// y = g(linear_2(f(linear_1(x + cond_proj(c))))): x [B, in_channels] -> [B, out_dim or
+// y = g(linear_2(f(linear_1(x + cond_proj(c))))): x [B or 1, in_channels] -> [B, out_dim or
 // time_embed_dim]; the input c [B or 1, cond_proj_dim] is optional, and g the identity unless
 // post_act_fn names another.
 class TimestepEmbedding : public Layer {

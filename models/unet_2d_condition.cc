@@ -64,7 +64,7 @@ UNet2DConditionModel::UNet2DConditionModel(const UNet2DConditionConfig& config)
         "encoder_hid_proj", nn::Linear::Options{*c.encoder_hid_dim, c.cross_attention_dim[0]});
   }
   const char* kClassEmbedding = "class_embedding";
-  if (c.num_class_embeds) {
+  if (c.has_class_table()) {
     class_embedding_ =
         AddLayer<nn::Embedding>(kClassEmbedding, nn::Embedding::Options{*c.num_class_embeds, temb});
   } else if (c.class_embed_type == "timestep") {
@@ -136,8 +136,8 @@ Value UNet2DConditionModel::TimeEmbedding(Value t, Value class_labels, Value tim
   const UNet2DConditionConfig& c = config_;
   if (c.has_class_embedding()) {
     Check<ShapeError>(class_labels.defined(), "{}: class_labels are missing, which its {} needs",
-                      Describe(), c.num_class_embeds ? "num_class_embeds" : "class_embed_type");
-    bool numbers = c.num_class_embeds || c.class_embed_type == "timestep";
+                      Describe(), c.has_class_table() ? "num_class_embeds" : "class_embed_type");
+    bool numbers = c.has_class_table() || c.class_embed_type == "timestep";
     int64_t width = c.projection_class_embeddings_input_dim.value_or(c.time_embed_dim());
     if (c.class_embed_type == "identity") width = c.time_embed_dim();
     const Shape& shape = class_labels.shape();

@@ -85,7 +85,6 @@ UNet2DConditionConfig UNet2DConditionConfig::FromJson(std::string_view text) {
   JsonFields fields(kOwner, text);
   VisitFields(c, fields);
   fields.CheckAllRead();
-  if (c.encoder_hid_dim && !c.encoder_hid_dim_type) c.encoder_hid_dim_type = "text_proj";
   c.Validate();
   CollapseLists collapse;
   VisitFields(c, collapse);
@@ -182,9 +181,6 @@ void UNet2DConditionConfig::Validate() const {
     Check(!class_embed_type->ends_with("projection") || projection_class_embeddings_input_dim,
           "{}: class_embed_type '{}' needs the field 'projection_class_embeddings_input_dim'",
           kOwner, *class_embed_type);
-    Check(!num_class_embeds,
-          "{}: num_class_embeds {} has no effect with class_embed_type '{}'; leave one of them out",
-          kOwner, num_class_embeds.value_or(0), *class_embed_type);
   }
   Check(!class_embeddings_concat || has_class_embedding(),
         "{}: class_embeddings_concat needs class_embed_type or num_class_embeds", kOwner);
@@ -192,6 +188,8 @@ void UNet2DConditionConfig::Validate() const {
     known("encoder_hid_dim_type", *encoder_hid_dim_type, {"text_proj"});
     Check(encoder_hid_dim.has_value(), "{}: encoder_hid_dim_type '{}' needs encoder_hid_dim",
           kOwner, *encoder_hid_dim_type);
+  }
+  if (encoder_hid_dim) {
     Check(JsonWriter::AllEqual(cross_attention_dim),
           "{}: encoder_hid_dim needs one cross_attention_dim, not {}", kOwner,
           fmt::join(cross_attention_dim, ", "));
@@ -208,6 +206,13 @@ void UNet2DConditionConfig::Validate() const {
             "{}: attention_head_dim {} (number or width of the heads) must divide "
             "block_out_channels {} ({}, block {})",
             kOwner, heads, channels, type, i);
+      // The norm has the width of the block, but what it is given that of the text.
+      const int64_t width = Of(cross_attention_dim, i);
+      Check(type.find("SimpleCrossAttn") == type.npos || cross_attention_norm != "layer_norm" ||
+                width == channels,
+            "{}: cross_attention_norm 'layer_norm' of {} needs cross_attention_dim {} to be "
+            "block_out_channels {} (block {}); take 'group_norm'",
+            kOwner, type, width, channels, i);
     };
     const std::string& up = up_block_types[blocks - 1 - i];
     check(down_block_types[i], i);

@@ -12,7 +12,8 @@ namespace calotype {
 
 // Defaults are diffusers'. A field that diffusers accepts as a number or as a list of one number
 // for each block is always a list here, [down_block_types.size()]; FromJson spreads a single
-// number, and a list of one value stands for all blocks.
+// number, and a list of one value stands for all blocks. Values that diffusers accepts although
+// other fields leave them without effect are accepted, since its files hold them.
 struct UNet2DConditionConfig {
   std::optional<int64_t>
       sample_size;  // side of the pictures that the model was made for; information
@@ -56,15 +57,18 @@ struct UNet2DConditionConfig {
   // class_embeddings_concat appended to it: null with num_class_embeds: ids, a table; "timestep":
   // numbers, as timesteps; "projection" and "simple_projection": vectors
   // [projection_class_embeddings_input_dim], two linear layers and one; "identity": the vector.
+  // A type goes before num_class_embeds, which then has no effect.
   std::optional<std::string> class_embed_type;
   std::optional<int64_t> num_class_embeds, projection_class_embeddings_input_dim;
   bool class_embeddings_concat = false;
-  // With a width here encoder_hidden_states have it, and a linear layer, "text_proj", goes first.
+  // With a width here encoder_hidden_states have it, and a linear layer goes first: type null or
+  // "text_proj".
   std::optional<int64_t> encoder_hid_dim;
   std::optional<std::string> encoder_hid_dim_type;
   int64_t conv_in_kernel = 3, conv_out_kernel = 3;
 
   bool has_class_embedding() const { return class_embed_type || num_class_embeds; }
+  bool has_class_table() const { return !class_embed_type && num_class_embeds; }
   int64_t time_embed_dim() const { return time_embedding_dim.value_or(4 * block_out_channels[0]); }
   // Width of the encoder_hidden_states that the model is given.
   int64_t context_width() const {

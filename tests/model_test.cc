@@ -187,6 +187,9 @@ TEST(UNetTest, ConfigRoundTrip) {
   EXPECT_EQ(UNet2DConditionConfig::FromJson(R"({"attention_head_dim": [8, 8, 8, 8]})"),
             UNet2DConditionConfig::FromJson(R"({"attention_head_dim": 8})"));
   EXPECT_EQ(UNet2DConditionConfig::FromJson("{}"), UNet2DConditionConfig());
+  UNet2DConditionConfig projected;
+  projected.encoder_hid_dim = 8;  // the type is the default then
+  EXPECT_EQ(UNet2DConditionConfig::FromJson(projected.ToJson()), projected);
 }
 
 TEST(UNetTest, ConfigErrorsNameTheField) {
@@ -217,14 +220,17 @@ TEST(UNetTest, ConfigErrorsNameTheField) {
   EXPECT_THAT(unsupported(R"({"class_embed_type": "text"})"), HasSubstr("'class_embed_type'"));
   EXPECT_THAT(error(R"({"class_embed_type": "projection"})"),
               HasSubstr("'projection_class_embeddings_input_dim'"));
-  EXPECT_THAT(error(R"({"class_embed_type": "timestep", "num_class_embeds": 3})"),
-              HasSubstr("num_class_embeds 3 has no effect"));
   EXPECT_THAT(error(R"({"num_class_embeds": 0})"), HasSubstr("'num_class_embeds'"));
   EXPECT_THAT(error(R"({"class_embeddings_concat": true})"), HasSubstr("class_embeddings_concat"));
   EXPECT_THAT(error(R"({"encoder_hid_dim_type": "text_proj"})"), HasSubstr("encoder_hid_dim"));
   EXPECT_THAT(unsupported(R"({"encoder_hid_dim": 8, "encoder_hid_dim_type": "image_proj"})"),
               HasSubstr("'image_proj'"));
+  EXPECT_THAT(error(R"({"encoder_hid_dim": 8, "cross_attention_dim": [4, 4, 4, 8]})"),
+              HasSubstr("one cross_attention_dim"));
   EXPECT_THAT(unsupported(R"({"cross_attention_norm": "batch_norm"})"), HasSubstr("'batch_norm'"));
+  EXPECT_THAT(error(R"({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+                        "cross_attention_norm": "layer_norm", "cross_attention_dim": 768})"),
+              HasSubstr("cross_attention_dim 768 to be block_out_channels 1280"));
   EXPECT_THAT(error(R"({"time_embedding_act_fn": "sine"})"), HasSubstr("'sine'"));
   EXPECT_THAT(unsupported(R"({"addition_embed_type": "text_time"})"),
               HasSubstr("'addition_embed_type'"));
@@ -261,6 +267,26 @@ Inputs RandomInputs(const UNet2DConditionConfig& config, int64_t batch, int64_t 
   return {random.NormalTensor({batch, config.in_channels, height, width}),
           random.UniformTensor({batch}, 0, 999),
           random.NormalTensor({batch, 5, config.cross_attention_dim[0]})};
+}
+
+// As in diffusers: a type goes before the table, and the others lie idle.
+TEST(UNetTest, FieldsWithoutEffectAreAccepted) {
+  UNet2DConditionConfig typed = Tiny();
+  typed.class_embed_type = "timestep";
+  UNet2DConditionConfig idle = typed;
+  idle.num_class_embeds = 3;
+  idle.projection_class_embeddings_input_dim = 7;
+  idle.cross_attention_norm = "layer_norm";
+  idle = UNet2DConditionConfig::FromJson(idle.ToJson());
+  EXPECT_EQ(idle.num_class_embeds, 3);
+  UNet2DConditionModel a(typed), b(idle);
+  EXPECT_EQ(a.ParameterShapes(), b.ParameterShapes());
+  Tensor x = Random(1).NormalTensor({1, typed.in_channels, 8, 8}), t = Tensor::Zeros({1}),
+         e = Random(2).NormalTensor({1, 5, typed.context_width()}),
+         label = Tensor::From({1}, std::vector<float>{20});
+  EXPECT_EQ(
+      LargestDifference(a.Forward({x, t, e, {}, {}, label}), b.Forward({x, t, e, {}, {}, label})),
+      0);
 }
 
 TEST(UNetTest, EveryInputCounts) {
@@ -494,7 +520,36 @@ TEST(UNetTest, ClassLabels) {
   EXPECT_THAT(MessageOf<ShapeError>([&] {
                 plain.Forward({in.sample, in.timestep, in.context, {}, {}, {}, labels});
               }),
-              HasSubstr("cond_proj_dim"));
+              HasSubstr("there is no cond_proj_dim"));
+}
+
+// One timestep for all conditions, as well as one condition for all timesteps.
+TEST(UNetTest, RowsOfTheTimestepCondition) {
+  auto config = Tiny();
+  config.time_cond_proj_dim = 5;
+  UNet2DConditionModel unet(config);
+  unet.Initialize(3);
+  unet.SetTrainingMode(false);
+  Inputs in = RandomInputs(config, 2, 8, 8);
+  Tensor cond = Random(9).NormalTensor({2, 5});
+  auto run = [&](const std::vector<float>& t, const Tensor& cond) {
+    return unet.Forward({in.sample,
+                         Tensor::From({static_cast<int64_t>(t.size())}, t),
+                         in.context,
+                         {},
+                         {},
+                         {},
+                         cond});
+  };
+  EXPECT_EQ(LargestDifference(run({300}, cond), run({300, 300}, cond)), 0);
+  Tensor row = Random(9).NormalTensor({1, 5});
+  EXPECT_GT(LargestDifference(run({300}, cond), run({300}, row)), 1e-4);
+  auto error = [&](const std::vector<float>& t, const Tensor& cond) {
+    return MessageOf<ShapeError>([&] { run(t, cond); });
+  };
+  EXPECT_THAT(error({300, 20}, Tensor::Zeros({3, 5})), HasSubstr("must be [2 or 1, 5]"));
+  EXPECT_THAT(error({300}, Tensor::Zeros({2, 4})), HasSubstr("must be [any, 5]"));
+  EXPECT_THAT(error({300}, Tensor::Zeros({3, 5})), HasSubstr("temb [3, "));
 }
 
 // With only_cross_attention the blocks with added keys do without keys of their own: the same
