@@ -28,7 +28,7 @@ class Random {
   float Normal();              // mean 0, variance 1 (Box-Muller)
   int64_t Integer(int64_t n);  // in [0, n), unbiased. Errors: ValueError unless n > 0.
 
-  Tensor UniformTensor(const Shape& shape, float low = 0, float high = 1);  // f32, [low, high)
+  Tensor UniformTensor(const Shape& shape, float low = 0, float high = 1);  // f32, [low, high]
   Tensor NormalTensor(const Shape& shape);  // f32, mean 0, variance 1
 
   // The position in the stream; setting it continues exactly there (for resume).

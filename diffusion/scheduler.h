@@ -48,10 +48,10 @@ class Scheduler {
   //   trailing: T - i * T / N - 1 for i = 0..N-1 (exactly N; for some N, 61 and 103 among them,
   //             rounding makes diffusers append a timestep -1)
   // The classes say where they differ. Errors: ValueError unless 1 <= N <= T, or if steps_offset
-  // puts a timestep behind T-1.
+  // puts a timestep behind T-1; after that one there are no timesteps, as before the first call.
   void SetTimesteps(int64_t steps);
-  // These timesteps instead, DDPM only. Errors: UnsupportedError for another class; ValueError
-  // unless they descend, within [0, T).
+  // These timesteps instead, DDPM only; forgets the walk before, too. Errors: UnsupportedError for
+  // another class; ValueError unless they descend, within [0, T): then nothing changes.
   void SetCustomTimesteps(std::span<const int64_t> timesteps);
   // One for each call of the model; float32 numbers. Errors: ValueError before SetTimesteps.
   const std::vector<double>& timesteps() const;

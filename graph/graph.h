@@ -65,8 +65,8 @@ struct ComputationNode {
   Tensor constant;         // Constant
 };
 
-// An update writes the value of `source` into the storage of `target` after the outputs have been
-// computed: optimizer steps, moving averages. `target` must be a Parameter leaf of the graph.
+// Writes `source` into the storage of `target` after the outputs have been computed (optimizers,
+// averages). InternalError unless `target` is a Parameter leaf without another update.
 struct GraphUpdate {
   ValueId target;
   ValueId source;

@@ -104,8 +104,8 @@ std::string Tuner::Key(const std::string& what) const {
                      ToString(HostTarget()), what);
 }
 
-std::optional<Tuner::Numbers> Tuner::Find(const std::string& key, size_t count, int64_t least,
-                                          int64_t most) {
+std::optional<Tuner::Numbers> Tuner::Find(const std::string& key, std::string_view what,
+                                          size_t count, int64_t least, int64_t most) {
   if (auto it = stored_.find(key); it != stored_.end()) return it->second;
   std::optional<std::string> text = cache_ ? cache_->Find(key) : std::nullopt;
   if (!text) return {};
@@ -113,7 +113,7 @@ std::optional<Tuner::Numbers> Tuner::Find(const std::string& key, size_t count, 
   auto fits = [&](int64_t number) { return number >= least && number <= most; };
   if (!numbers || numbers->size() != count ||
       !std::all_of(numbers->begin(), numbers->end(), fits)) {
-    cache_->Refuse(fmt::format("not {} numbers from {} to {}", count, least, most));
+    cache_->Refuse(fmt::format("not {}", what));
     return {};
   }
   return numbers;
@@ -132,7 +132,10 @@ Tuner::Times Tuner::TimesOf(const Shape& x, const Shape& w) {
     auto real = [&](size_t i) { return static_cast<double>(stored[i]) / kUnit; };
     return {real(0), real(1), real(2)};
   };
-  if (auto found = Find(key, 3, 1, std::numeric_limits<int64_t>::max())) return times(*found);
+  if (auto found =
+          Find(key, "the times of three algorithms", 3, 1, std::numeric_limits<int64_t>::max())) {
+    return times(*found);
+  }
   ++measured_;
   Random random(0, "tune");
   Tensor picture = random.NormalTensor(x);
@@ -171,7 +174,9 @@ int Tuner::ScheduleOf(const ContractionSpec& spec) {
   if (candidates.size() == 1) return 0;
   ++choices_;
   const std::string key = Key(ToString(KernelSpec(spec)));
-  if (auto found = Find(key, 1, 0, kSchedules - 1)) return static_cast<int>(found->front());
+  if (auto found = Find(key, "a schedule", 1, 0, kSchedules - 1)) {
+    return static_cast<int>(found->front());
+  }
   ++measured_;
   std::vector<NamedSpec> specs;
   for (const ContractionSpec& candidate : candidates) specs.push_back({candidate, "tune"});

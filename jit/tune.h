@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "core/shape.h"
@@ -39,9 +40,11 @@ class Tuner {
 
  private:
   std::string Key(const std::string& what) const;
-  // What was measured under the key: `count` whole numbers from `least` to `most`.
+  // What was measured under the key: `count` whole numbers from `least` to `most`. An entry of the
+  // cache that is something else is refused as "not {what}".
   using Numbers = std::vector<int64_t>;
-  std::optional<Numbers> Find(const std::string& key, size_t count, int64_t least, int64_t most);
+  std::optional<Numbers> Find(const std::string& key, std::string_view what, size_t count,
+                              int64_t least, int64_t most);
   void Store(const std::string& key, const Numbers& numbers);
 
   std::unique_ptr<CompileCache> cache_;    // null without one

@@ -22,7 +22,7 @@ class BasicTransformerBlock : public Layer {
  public:
   struct Options {
     int64_t dim = 0, num_attention_heads = 8, attention_head_dim = 64;
-    double dropout = 0;               // only 0 is supported
+    double dropout = 0;               // another is an UnsupportedError
     int64_t cross_attention_dim = 0;  // 0: no cross-attention
     std::string activation_fn = "geglu";
     bool attention_bias = false;
@@ -33,7 +33,7 @@ class BasicTransformerBlock : public Layer {
     int64_t ff_inner_dim = 0;  // 0: 4 dim
     bool ff_bias = true, attention_out_bias = true;
   };
-  explicit BasicTransformerBlock(const Options& options);  // Errors: as Attention's
+  explicit BasicTransformerBlock(const Options& options);  // Errors: as Attention's, and dropout
   std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
                                             std::span<const Value> inputs) override;
 
@@ -57,7 +57,7 @@ class Transformer2DModel : public Layer {
     int64_t in_channels = 0;
     int64_t out_channels = 0;  // 0: in_channels
     int64_t num_layers = 1;
-    double dropout = 0;  // only 0 is supported
+    double dropout = 0;  // another is an UnsupportedError
     int64_t norm_num_groups = 32;
     int64_t cross_attention_dim = 0;
     bool attention_bias = false;
@@ -68,7 +68,7 @@ class Transformer2DModel : public Layer {
     bool norm_elementwise_affine = true;
     double norm_eps = 1e-5;  // of the blocks
   };
-  explicit Transformer2DModel(const Options& options);  // Errors: as Attention's
+  explicit Transformer2DModel(const Options& options);  // Errors: as Attention's, and dropout
   std::vector<Value> ExportComputationGraph(ComputationGraph& graph,
                                             std::span<const Value> inputs) override;
 
