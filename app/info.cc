@@ -75,9 +75,10 @@ void PrintModel(const fs::path& folder) {
 // A run whose result is no model folder (LoRA, Custom Diffusion), or not yet.
 void PrintRun(const fs::path& folder) {
   const fs::path path = folder / "train.json";
-  const TrainOptions options = ParseTrainOptions(ReadFile(path, 1 << 20), path);
-  fmt::print("{}: run of {} steps on {}{}, no model folder\n", folder.string(),
-             options.max_train_steps, options.data,
+  const std::string text = ReadFile(path, 1 << 20);
+  const TrainOptions options = ParseTrainOptions(text, path);
+  fmt::print("{}: run of `{}`, {} steps on {}{}, no model folder\n", folder.string(),
+             ParseTrainingKind(text, path).command, options.max_train_steps, options.data,
              options.model.empty() ? "" : fmt::format(" with {}", options.model));
   std::set<std::string> results;
   for (const auto& entry : fs::directory_iterator(folder)) {

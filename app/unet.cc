@@ -6,6 +6,7 @@
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,8 +36,8 @@ struct Command {
 };
 
 struct Inputs {
-  std::vector<GraphInput> declared;
-  std::vector<Tensor> tensors;
+  std::vector<std::optional<GraphInput>> declared;  // in the order of the model's inputs
+  std::vector<Tensor> tensors;                      // of those that are there
 };
 
 // The inputs of a model in its order; the last `optional` of them may be absent.
@@ -50,9 +51,10 @@ Inputs ReadInputs(const std::filesystem::path& path, const std::vector<const cha
     if (at == file.tensors.end()) {
       Check<FileError>(i + optional >= names.size(), "{}: tensor \"{}\" is missing", path.string(),
                        name);
+      inputs.declared.emplace_back();
       continue;
     }
-    inputs.declared.push_back({name, at->second.type()});
+    inputs.declared.push_back(GraphInput{name, at->second.type()});
     inputs.tensors.push_back(at->second);
     file.tensors.erase(at);
   }
@@ -93,11 +95,11 @@ jit::CompileOptions CompileOptionsOf(const Command& command, const Layer& model)
 // The class that the config.json of a folder names.
 std::string ClassOf(const std::filesystem::path& folder) {
   const std::filesystem::path path = folder / "config.json";
-  const Json config = Json::parse(ReadFile(path, 1 << 20), nullptr, /*allow_exceptions=*/false);
-  Check<FileError>(config.is_object(), "{}: not a JSON object", path.string());
+  const nlohmann::json config = ParseJsonObject(ReadFile(path, 1 << 20), path.string());
   for (const char* type : {"AutoencoderKL", "CLIPTextModel"}) {
-    if (config.value("_class_name", Json()) == type) return type;
-    if (config.value("architectures", Json()) == Json::array({type})) return type;
+    if (config.value("_class_name", nlohmann::json()) == type) return type;
+    if (config.value("architectures", nlohmann::json()) == nlohmann::json::array({type}))
+      return type;
   }
   return "UNet2DConditionModel";
 }
@@ -115,20 +117,25 @@ LoadedModel Open(const Command& command) {
     loaded.model = std::move(model);
     return result;
   };
-  auto input = [&] {
-    return graph.Input(loaded.inputs.declared[0].name, loaded.inputs.declared[0].type);
+  auto inputs = [&] {
+    std::vector<Value> values;
+    for (const auto& input : loaded.inputs.declared)
+      values.push_back(input ? graph.Input(input->name, input->type) : Value());
+    return values;
   };
   if (type == "AutoencoderKL") {
     loaded.inputs = ReadInputs(command.inputs, {"latents"}, 0);
-    graph.Output("out", load(LoadAutoencoderKL)->Decode(input()));
+    graph.Output("out", load(LoadAutoencoderKL)->Decode(inputs()[0]));
   } else if (type == "CLIPTextModel") {
     loaded.inputs = ReadInputs(command.inputs, {"input_ids"}, 0);
-    graph.Output("out", load(LoadCLIPTextModel)->Call(input()));
+    graph.Output("out", load(LoadCLIPTextModel)->Call(inputs()[0]));
   } else {
     loaded.inputs =
         ReadInputs(command.inputs,
-                   {"sample", "timestep", "encoder_hidden_states", "encoder_attention_mask"}, 1);
-    graph = load(LoadUNet)->Export(loaded.inputs.declared);
+                   {"sample", "timestep", "encoder_hidden_states", "encoder_attention_mask",
+                    "attention_mask", "class_labels", "timestep_cond"},
+                   4);
+    graph.Output("out", load(LoadUNet)->ExportComputationGraph(graph, inputs())[0]);
   }
   loaded.flop = CountFlop(graph);
   loaded.runner = std::make_unique<GraphRunner>(std::move(graph), backend,
@@ -194,9 +201,12 @@ void AddUNet(Options& app, Selected& selected) {
   Options* unet = app.add_subcommand("unet", "Run a diffusers model folder on given tensors");
   unet->footer(
       "Example: calotype unet --model run/unet --inputs in.safetensors --output out.safetensors\n"
-      "Inputs: sample [B, C, H, W], timestep [B] or [1], encoder_hidden_states [B, S, D], and if "
+      "Inputs: sample [B, C, H, W], timestep [B] or [1], encoder_hidden_states [B, S, D]; if "
       "wanted\n"
-      "encoder_attention_mask [B, S]. Output: out [B, C, H, W].\n"
+      "encoder_attention_mask [B, S] and attention_mask [B, H * W]; with class_embed_type or\n"
+      "num_class_embeds class_labels ([B] ids or numbers, or [B, width] vectors); with\n"
+      "time_cond_proj_dim, if wanted, timestep_cond [B, time_cond_proj_dim]. Output: out [B, C, H, "
+      "W].\n"
       "Also the folder of an AutoencoderKL (input latents, output the decoded picture) or of a\n"
       "CLIPTextModel (input input_ids, output last_hidden_state).");
   auto command = std::make_shared<Command>();

@@ -341,7 +341,7 @@ SchedulerConfig ParseSchedulerConfig(std::string_view text, std::string_view typ
     // flow_shift and time_shift_type have an effect with the flags beside them only.
     Check<UnsupportedError>(!(field.classes & bit) || !value->is_boolean() || *value == field.value,
                             "scheduler config: {} is {}, which {} does not support here",
-                            field.name, value->dump(), config.type);
+                            field.name, JsonText(*value), config.type);
     file.erase(value);
   }
   for (const auto& [name, value] : file.items())

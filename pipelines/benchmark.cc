@@ -129,7 +129,7 @@ std::unique_ptr<DiffusionModel> RandomModel(const std::string& unet, int64_t tok
   UNet2DConditionConfig config = UNetOf(unet);
   CaptionEncoderConfig encoder;
   for (char c = 'a'; c <= 'z'; ++c) encoder.vocabulary.push_back(std::string(1, c));
-  encoder.hidden_size = config.cross_attention_dim[0];
+  encoder.hidden_size = config.context_width();
   encoder.max_length = tokens;
   auto model = std::make_unique<DiffusionModel>(config, encoder, SchedulerConfig{});
   model->Initialize(0);

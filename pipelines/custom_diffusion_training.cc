@@ -122,7 +122,8 @@ TrainResult TrainCustomDiffusion(CustomDiffusionTrainOptions custom, TrainOption
                                                word.embedding->value());
                          },
                      .kind = kTrainCustomDiffusion,
-                     .own_options = OptionsToJson(custom)};
+                     .own_options = OptionsToJson(custom),
+                     .results = results};
   for (const Word& word : words) target.parameters.push_back(word.embedding);
   if (options.scale_lr && !options.class_data.empty()) target.learning_rate_factor = 2;
   int64_t numbers = 0;

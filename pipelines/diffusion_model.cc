@@ -84,6 +84,24 @@ Index ReadIndex(const fs::path& path, const DiffusionModel::Warn& warn) {
 
 }  // namespace
 
+void CheckUNetInputs(const UNet2DConditionConfig& unet, std::string_view source) {
+  auto absent = [&](bool is, std::string_view field, std::string_view input) {
+    Check<UnsupportedFileError>(
+        is,
+        "{}: with {} the U-Net also takes {}, which neither sampling nor training gives; what "
+        "works is the U-Net alone: UNet2DConditionModel from C++, or `calotype unet`",
+        source, field, input);
+  };
+  absent(!unet.class_embed_type, "class_embed_type", "class_labels");
+  absent(!unet.num_class_embeds, "num_class_embeds", "class_labels");
+  absent(!unet.time_cond_proj_dim, "time_cond_proj_dim", "timestep_cond");
+}
+
+void DiffusionModel::CheckInputs() const {
+  CheckUNetInputs(unet_->config(),
+                  folder_.empty() ? "model" : (folder_ / "unet" / "config.json").string());
+}
+
 DiffusionModel::DiffusionModel(const UNet2DConditionConfig& unet,
                                const CaptionEncoderConfig& encoder,
                                const SchedulerConfig& scheduler)
@@ -102,10 +120,11 @@ DiffusionModel::DiffusionModel(DiffusionModelConfig config)
   const char* encoder = clip ? "text" : "caption";
   const int64_t width =
       clip ? config.text_encoder->hidden_size : config.caption_encoder->hidden_size;
-  for (int64_t dim : config.unet.cross_attention_dim) {
-    Check(dim == width,
-          "model: the U-Net's cross_attention_dim is {}, the {} encoder's hidden_size {}", dim,
-          encoder, width);
+  const bool projected = config.unet.encoder_hid_dim.has_value();
+  for (int64_t dim :
+       projected ? std::vector{*config.unet.encoder_hid_dim} : config.unet.cross_attention_dim) {
+    Check(dim == width, "model: the U-Net's {} is {}, the {} encoder's hidden_size {}",
+          projected ? "encoder_hid_dim" : "cross_attention_dim", dim, encoder, width);
   }
   const int64_t channels = config.unet.out_channels;
   Check(config.unet.in_channels == channels || config.unet.in_channels == 2 * channels + 1,

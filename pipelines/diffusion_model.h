@@ -37,6 +37,11 @@ struct DiffusionModelConfig {
   std::string scheduler_json;  // the file with the fields of other samplers, or empty
 };
 
+// Sampling and training give a U-Net the sample, the timestep and the context. Errors:
+// UnsupportedFileError, naming `source` and the field, for one that takes more: class_labels or
+// timestep_cond.
+void CheckUNetInputs(const UNet2DConditionConfig& unet, std::string_view source);
+
 // Inputs: sample [B, C, H, W], timestep i64 [B], tokens i64 [B, L]; output: the prediction [B, C,
 // H, W]. Samples are what the sampler walks on: pictures, or latents if there is an autoencoder.
 class DiffusionModel : public Layer {
@@ -84,6 +89,9 @@ class DiffusionModel : public Layer {
   // [n, context_width]: see CLIPTokenizer::AddToken and CLIPTextModel::AddTokens. Returns their
   // parameter. Save does not write it. Errors: theirs; ValueError for a model without CLIP.
   ParameterPtr AddToken(const std::string& token, const Tensor& embeddings);
+
+  // For who samples or trains: as CheckUNetInputs, naming the folder if there is one.
+  void CheckInputs() const;
 
   UNet2DConditionModel& unet() { return *unet_; }
   // One of them is null.

@@ -1,7 +1,8 @@
 // Latent distributions on disk, so that a continued or another run does not encode the same
 // pictures again. An entry is named by a hash of all that it is made from: the pixels that the
-// autoencoder saw, its weights and configuration, the program's version and how it was run. So an
-// entry cannot be stale: what has changed has another name. A damaged one is not used.
+// autoencoder saw, its weights and configuration, the program's version and what else decides the
+// bits (backend, processor, threads). So what has changed of these has another name, and a run that
+// reads entries has the bits that it would compute. A damaged one is not used.
 #pragma once
 
 #include <filesystem>
@@ -21,8 +22,8 @@ struct LatentMoments {
 
 class LatentCache {
  public:
-  // Makes the folder if needed. `how` is what else decides the bits, such as the backend. Errors:
-  // FileError if the folder cannot be written.
+  // Makes the folder if needed. `how` is what else decides the bits: the backend, the processor
+  // and, where they count, the threads. Errors: FileError if the folder cannot be written.
   LatentCache(std::filesystem::path folder, AutoencoderKL& vae, std::string_view how);
 
   // The file of a picture's entry, there or not.

@@ -4,7 +4,9 @@
 #include <map>
 
 #include "core/error.h"
+#include "core/parallel.h"
 #include "graph/functions.h"
+#include "jit/target.h"
 #include "pipelines/model_graphs.h"
 
 namespace calotype {
@@ -18,6 +20,14 @@ ComputationGraph MomentsGraph(DiffusionModel& model, int64_t side) {
   graph.Output("mean", latents.mean);
   graph.Output("std", Exp(latents.logvar * 0.5f));
   return graph;
+}
+
+// What decides the bits of the results besides the graph and its inputs: the instructions, and for
+// oneDNN, which computes eagerly, the number of threads.
+std::string HowOf(Backend backend) {
+  std::string how = fmt::format("{}\n{}", NameOf(backend), jit::ToString(jit::HostTarget()));
+  if (backend == Backend::kEager) how += fmt::format("\n{} threads", Threads());
+  return how;
 }
 
 }  // namespace
@@ -47,7 +57,7 @@ LatentDataset::LatentDataset(const Dataset& pictures, DiffusionModel& model, Bac
     moments_.resize(static_cast<size_t>(pictures.size()));
   }
   Check(cache_ || disk.empty(), "latents: a folder to keep them in, but they are not kept");
-  if (!disk.empty()) disk_.emplace(disk, *model.vae(), NameOf(backend));
+  if (!disk.empty()) disk_.emplace(disk, *model.vae(), HowOf(backend));
   encoder_ = std::make_unique<GraphRunner>(MomentsGraph(model, pictures.side()), backend);
 }
 

@@ -67,7 +67,8 @@ TrainResult TrainLora(LoraTrainOptions lora, TrainOptions options, const fs::pat
                                      ParseLoraDialect(lora.format));
                           },
                       .kind = kTrainLora,
-                      .own_options = OptionsToJson(lora)};
+                      .own_options = OptionsToJson(lora),
+                      .results = results};
   int64_t numbers = 0;
   for (const ParameterPtr& p : trained.parameters) numbers += p->value().elements();
   message(fmt::format("{} captions, {} terms of {} numbers beside {} parameters, {} steps of {}",

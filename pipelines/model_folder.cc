@@ -118,7 +118,7 @@ std::pair<std::string, std::string> VocabularyOfFastTokenizer(const std::string&
                   : merge.get<std::string>();
     lines += '\n';
   }
-  return {vocabulary->dump(), lines};
+  return {JsonText(*vocabulary), lines};
 }
 
 // The words that tokenizer files name beyond the vocabulary, by id.
@@ -128,8 +128,12 @@ class AddedWords {
 
   // added_tokens.json: {"<cat>": 49408}.
   void TakeList(const nlohmann::json& list) {
-    Check(list.is_object(), "not an object of words and ids");
-    for (const auto& [word, id] : list.items()) Take(id, word);
+    for (const auto& [word, id] : list.items()) {
+      Check(id.is_number_integer(),
+            "{} is {}, but this file maps words to ids, as {{\"<cat>\": {}}} does", Quoted(word),
+            JsonText(id), tokenizer_.vocab_size());
+      Take(id, word);
+    }
   }
   // added_tokens of tokenizer.json, and added_tokens_decoder of tokenizer_config.json by id.
   void TakeDescribed(const nlohmann::json& list) {

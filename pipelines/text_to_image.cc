@@ -179,7 +179,9 @@ std::span<const std::string_view> NoiseNames() { return kNoiseNames; }
 
 TextToImagePipeline::TextToImagePipeline(DiffusionModel& model, Backend backend,
                                          const jit::CompileOptions& compile)
-    : model_(model), backend_(backend), compile_(compile) {}
+    : model_(model), backend_(backend), compile_(compile) {
+  model_.CheckInputs();
+}
 
 std::unique_ptr<TextToImagePipeline> TextToImagePipeline::Load(const std::filesystem::path& folder,
                                                                Backend backend,

@@ -108,6 +108,7 @@ class TextToImagePipeline {
   // Keeps a reference to the model; weights changed later are seen by later calls, and so is what
   // else is done to it (words, LoRAs, attention processors, tiling): graphs and code of the part
   // are then made again. `compile` has no effect on kEager; its rare_inputs are the pipeline's own.
+  // Errors: as CheckUNetInputs.
   TextToImagePipeline(DiffusionModel& model, Backend backend,
                       const jit::CompileOptions& compile = {});
   // A pipeline with the model of a folder. Errors: those of DiffusionModel::Load.

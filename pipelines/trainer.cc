@@ -231,11 +231,12 @@ Trainer::Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions&
                  fs::path folder, bool resume, TrainCallbacks callbacks, TrainTarget target)
     : model_(model),
       data_(data),
-      options_((CheckRun(options, folder, resume, !target.save), options)),
+      options_((model.CheckInputs(), CheckRun(options, folder, resume, !target.save), options)),
       folder_(std::move(folder)),
       callbacks_(std::move(callbacks)),
-      target_{TrainedParameters(model, target), std::move(target.save), target.kind,
-              std::move(target.own_options), target.learning_rate_factor},
+      target_{
+          TrainedParameters(model, target), std::move(target.save),      target.kind,
+          std::move(target.own_options),    target.learning_rate_factor, std::move(target.results)},
       backend_(ParseBackend(options.backend)),
       schedule_(model.scheduler()),
       class_data_(OpenClassDataset(
@@ -297,18 +298,28 @@ void Trainer::Resume() {
   std::set<std::string> all;
   TrainOptions::Visit(options_,
                       [&](const char* name, const auto&, const char*, bool) { all.insert(name); });
-  MergeForResume(ParseTrainOptions(ReadFile(path), path), options_, all);
+  const TrainOptions stored = ParseTrainOptions(ReadFile(path), path);
+  MergeForResume(stored, options_, all);
   auto checkpoint = ReadLatestCheckpoint(folder_ / "checkpoints",
                                          [&](const std::string& text) { Message(text); });
   if (!checkpoint) {
-    // Killed before the first one. Weights and streams are those that the run began with.
-    int64_t last = 0, first = options_.checkpointing_steps;
-    if (first == 0) first = options_.max_train_steps;
+    // Killed before the first one, as the options that the run began with place it; those given
+    // now say nothing about it. Weights and streams are those of the beginning.
+    int64_t last = 0, first = stored.checkpointing_steps;
+    if (first == 0) first = stored.max_train_steps;
     for (const auto& [step, line] : MetricsLines(folder_ / "metrics.jsonl"))
       last = std::max(last, step);
-    Check<FileError>(last <= std::min(first, options_.max_train_steps),
-                     "{}: no checkpoint to resume from, although the run was at step {}",
-                     (folder_ / "checkpoints").string(), last);
+    Check<FileError>(last <= first && last < stored.max_train_steps,
+                     "{}: no checkpoint to resume from, although the run was at step {} of {}",
+                     (folder_ / "checkpoints").string(), last, stored.max_train_steps);
+    std::vector<fs::path> results = target_.results;
+    if (!target_.save) results.push_back(folder_ / "model_index.json");
+    for (const fs::path& result : results) {
+      std::error_code ignored;  // what cannot be looked at is an error where it is written
+      Check<FileError>(!fs::exists(result, ignored),
+                       "{}: no checkpoint to resume from, although the run has written {}",
+                       (folder_ / "checkpoints").string(), result.string());
+    }
     Message("the run was stopped before its first checkpoint and begins again");
     return;
   }

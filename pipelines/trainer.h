@@ -63,6 +63,8 @@ struct TrainTarget {
   TrainingKind kind = kTrain;
   std::string own_options = {};
   double learning_rate_factor = 1;  // of the options' rate
+  // Files that `save` writes. One of them is there: a run without checkpoints has lost them.
+  std::vector<std::filesystem::path> results = {};
 };
 
 struct TrainResult {
@@ -87,8 +89,9 @@ class Trainer {
   // for options, or if `resume` is false and the folder already holds a run, or a model that the
   // run would overwrite.
   // With `resume`, continues from the newest whole checkpoint, or begins again if the run was
-  // stopped before the first; FileError if there should be one, ValueError if an option differs
-  // from the run's that may not change.
+  // stopped before the first; FileError if there should be one, as the run's own train.json and
+  // metrics.jsonl or its results say; ValueError if an option differs from the run's that may not
+  // change.
   Trainer(DiffusionModel& model, const Dataset& data, const TrainOptions& options,
           std::filesystem::path folder, bool resume = false, TrainCallbacks callbacks = {},
           TrainTarget target = {});

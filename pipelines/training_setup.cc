@@ -49,10 +49,16 @@ void CheckSide(const Dataset& data, int64_t factor) {
 void CheckModel(const TrainOptions& options, const Dataset& data, DiffusionModel& model) {
   Check<UnsupportedFileError>(!model.takes_mask(),
                               "{}: a U-Net that takes a mask cannot be trained", options.model);
+  model.CheckInputs();
   CheckSide(data, model.factor());
   Check(!options.train_text_encoder || model.text_encoder(),
         "training: train_text_encoder has no effect on {}, whose caption encoder trains anyway",
         options.model);
+  for (auto [field, on] : {std::pair{"cache_latents", options.cache_latents},
+                           {"cache_latents_to_disk", options.cache_latents_to_disk}}) {
+    Check(!on || model.vae(), "training: {} has no effect on {}, which has no autoencoder", field,
+          options.model);
+  }
 }
 
 }  // namespace
@@ -60,7 +66,9 @@ void CheckModel(const TrainOptions& options, const Dataset& data, DiffusionModel
 void CheckResumes(const TrainingKind& kind, const std::filesystem::path& folder) {
   Check<FileError>(HoldsRun(folder), "{}: there is no run to resume", folder.string());
   const std::filesystem::path path = folder / "train.json";
-  const TrainingKind found = ParseTrainingKind(ReadFile(path), path);
+  const std::string text = ReadFile(path);
+  ParseTrainOptions(text, path);  // first: no command continues a run of an earlier version
+  const TrainingKind found = ParseTrainingKind(text, path);
   Check(std::string_view(found.command) == kind.command,
         "{} holds a run of `{}`, which continues it: calotype {} --out {} --resume",
         folder.string(), found.command, found.command, folder.string());
@@ -155,6 +163,7 @@ std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dat
   scheduler.timestep_spacing = "trailing";
 
   UNet2DConditionConfig unet = UNetOf(options.unet);
+  CheckUNetInputs(unet, options.unet);
   std::optional<AutoencoderKLConfig> vae;
   if (!options.vae.empty()) {
     vae = ReadAutoencoderKLConfig(std::filesystem::path(options.vae) / "config.json");
@@ -174,7 +183,7 @@ std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dat
   CaptionEncoderConfig encoder;
   encoder.vocabulary = CaptionTokenizer::BuildVocabulary(captions);
   encoder.max_length = options.caption_tokens > 0 ? 1 + options.caption_tokens : kCaptionRow;
-  encoder.hidden_size = unet.cross_attention_dim[0];
+  encoder.hidden_size = unet.context_width();
   encoder.num_layers = options.caption_layers;
   auto model = std::make_unique<DiffusionModel>(DiffusionModelConfig{
       .unet = unet, .caption_encoder = encoder, .vae = vae, .scheduler = scheduler});

@@ -19,7 +19,7 @@ namespace calotype {
 struct TrainCallbacks;
 
 // Errors: FileError if `folder` holds no run; ValueError, naming the command, if it is of another
-// kind; those of ParseTrainingKind.
+// kind; those of ParseTrainOptions and ParseTrainingKind.
 void CheckResumes(const TrainingKind& kind, const std::filesystem::path& folder);
 
 // What a run trains on.
@@ -51,7 +51,8 @@ std::unique_ptr<Dataset> OpenClassDataset(const TrainOptions& options, const Dat
 // The model that options.model names, or one with random weights as the options say, its vocabulary
 // made from the captions of the data set and of class_data. An autoencoder and CLIP are frozen:
 // their parameters are not trainable. Errors: those of DiffusionModel::Load and its constructor;
-// ValueError for pictures whose side is no multiple of the autoencoder's factor.
+// those of CheckUNetInputs; ValueError for pictures whose side is no multiple of the
+// autoencoder's factor, and for options without effect on the given model.
 std::unique_ptr<DiffusionModel> MakeModel(const TrainOptions& options, const Dataset& data,
                                           const WarningCallback& warn = {});
 

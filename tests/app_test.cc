@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <sstream>
 #include <thread>
 
@@ -195,7 +196,7 @@ TEST_F(AppTest, FoldersOfPictures) {
   std::istringstream lines(ReadText(folder_ / "run/metrics.jsonl"));
   int steps = 0;
   for (std::string line; std::getline(lines, line);) {
-    json record = ParseJson(line);
+    json record = ParseJsonObject(line, "metrics.jsonl");
     if (!record.contains("loss")) continue;
     EXPECT_EQ(record["step"], ++steps);
     for (const char* key : {"loss", "learning_rate", "gradient_norm", "seconds"})
@@ -380,7 +381,7 @@ TEST_F(AppTest, TheRecipeIsGivenByOptions) {
   std::istringstream metrics(ReadText(folder_ / "run/metrics.jsonl"));
   std::string line;
   std::getline(metrics, line);
-  json first = ParseJson(line);
+  json first = ParseJsonObject(line, "metrics.jsonl");
   EXPECT_NEAR(first["learning_rate"].get<double>(), 8e-4, 1e-12);
   // What has no effect is wrong usage, and a continued run keeps what decides it.
   ProgramResult useless = Calotype(Train("other", {"--lr-power", "2"}));
@@ -444,6 +445,42 @@ TEST_F(AppTest, StableDiffusionIsTrainedOnLatents) {
   EXPECT_GT(changed("unet/diffusion_pytorch_model.safetensors"), 50);
   EXPECT_EQ(ParseJson(ReadText(folder_ / "run/model_index.json"))["_class_name"],
             "StableDiffusionPipeline");
+  // What other instructions make of a picture has an entry of its own.
+  auto entries = [&](const std::string& level, const std::string& out) {
+    std::vector<std::string> arguments = Program({"train",
+                                                  "--model",
+                                                  base,
+                                                  "--data",
+                                                  folder_ / "pictures",
+                                                  "--out",
+                                                  folder_ / out,
+                                                  "--resolution",
+                                                  "32",
+                                                  "--batch-size",
+                                                  "2",
+                                                  "--steps",
+                                                  "1",
+                                                  "--cache-latents-to-disk",
+                                                  "--center-crop",
+                                                  "--ema-decay",
+                                                  "0",
+                                                  "--validation-fraction",
+                                                  "0",
+                                                  "--threads",
+                                                  "1"});
+    arguments.insert(arguments.begin(), {"/usr/bin/env", "CALOTYPE_CPU=" + level});
+    const ProgramResult result = test::RunProgram(arguments);
+    EXPECT_EQ(result.code, 0) << result.err;
+    std::set<std::string> names;
+    for (const auto& entry : fs::directory_iterator(folder_ / "pictures/.latents")) {
+      if (entry.path().extension() == ".safetensors") names.insert(entry.path().filename());
+    }
+    return names.size();
+  };
+  const size_t once = entries("native", "native");
+  EXPECT_GE(once, 2u);
+  EXPECT_EQ(entries("native", "again"), once);
+  EXPECT_EQ(entries("x86-64", "oldest"), 2 * once);
   ProgramResult drawn =
       Calotype({"sample", "--model", folder_ / "run", "--prompt", "x", "--steps", "2", "--backend",
                 "eager", "--out", folder_ / "x.png", "--threads", "1"});
@@ -509,7 +546,11 @@ TEST_F(AppTest, InfoAndGraph) {
   // A run without a model folder: of a LoRA, or before its first checkpoint.
   fs::rename(fs::path(folder_ / "run/model_index.json"), fs::path(folder_ / "run/aside.json"));
   EXPECT_THAT(Calotype({"info", folder_ / "run"}).out,
-              AllOf(HasSubstr("run of 6 steps on "), HasSubstr("checkpoint of step 6")));
+              AllOf(HasSubstr("run of `train`, 6 steps on "), HasSubstr("checkpoint of step 6")));
+  json lora = ParseJson(ReadText(folder_ / "run/train.json"));
+  lora["lora"] = json::object();
+  test::WriteText(folder_ / "run/train.json", JsonText(lora));
+  EXPECT_THAT(Calotype({"info", folder_ / "run"}).out, HasSubstr("run of `train lora`, 6 steps"));
   fs::rename(fs::path(folder_ / "run/aside.json"), fs::path(folder_ / "run/model_index.json"));
   ProgramResult tensors =
       Calotype({"info", folder_ / "run/unet/diffusion_pytorch_model.safetensors"});
@@ -615,6 +656,31 @@ TEST_F(UNetFolderTest, MasksOfTheContext) {
   inputs_.tensors["encoder_hidden_states"] = first;
   ASSERT_EQ(Run().code, 0);
   EXPECT_LE(distance(Output(), first_only), 1e-5f);
+}
+
+// Class labels of each kind, timestep_cond, and masks of both attentions.
+TEST_F(UNetFolderTest, FurtherInputsGiveTheGoldenOutput) {
+  for (const char* name : {"class-ids", "class-steps", "class-vectors"}) {
+    fixture_ = fixture_.parent_path() / name;
+    golden_ = ReadSafetensors(fixture_ / "tensors.safetensors");
+    inputs_.tensors.clear();
+    for (const auto& [key, tensor] : golden_.tensors) {
+      if (key.starts_with("input.")) inputs_.tensors[key.substr(6)] = tensor;
+    }
+    EXPECT_EQ(inputs_.tensors.count("timestep_cond"), name == std::string("class-vectors"));
+    for (const char* backend : {"eager", "jit"}) {
+      ProgramResult result = Run({"--backend", backend});
+      ASSERT_EQ(result.code, 0) << result.err;
+      const Tensor out = Output(), expected = golden_.tensors.at("output.out");
+      ASSERT_EQ(out.shape(), expected.shape());
+      for (int64_t i = 0; i < out.elements(); ++i)
+        ASSERT_NEAR(out.data()[i], expected.data()[i], 2e-5) << name << " " << backend;
+    }
+    inputs_.tensors.erase("class_labels");
+    ProgramResult missing = Run();
+    EXPECT_EQ(missing.code, 2);
+    EXPECT_THAT(missing.err, HasSubstr("class_labels are missing"));
+  }
 }
 
 TEST_F(UNetFolderTest, WrongInputsAndOptionsAreNamed) {

@@ -248,7 +248,13 @@ TEST(ModifierTokenTest, WordsOfTheFolder) {
   WriteText(list, R"({"<|endoftext|>": 3})");
   EXPECT_THAT(error(), HasSubstr("has the id 3, in the vocabulary 513"));
   WriteText(list, R"({"<dog>": "x"})");
-  EXPECT_THAT(error(), HasSubstr("added_tokens.json: the id of the added token '<dog>'"));
+  EXPECT_THAT(error(),
+              HasSubstr("added_tokens.json: '<dog>' is \"x\", but this file maps words to ids"));
+  WriteText(list, R"({"1": {}})");
+  EXPECT_THAT(error(),
+              HasSubstr("'1' is {}, but this file maps words to ids, as {\"<cat>\": 514}"));
+  WriteText(list, R"({"<dog>": -1})");
+  EXPECT_THAT(error(), HasSubstr("the id of the added token '<dog>' is -1"));
   // More words than rows.
   WriteText(list, R"({"<a>": 514, "<b>": 515, "<c>": 516, "<d>": 517})");
   EXPECT_THAT(MessageOf<Error>([&] { DiffusionModel::Load(folder / "model"); }),

@@ -205,8 +205,14 @@ TEST_F(LatentTrainerTest, LatentsOnDiskAreThoseOfTheAutoencoder) {
   }
   warnings_.clear();
 
-  // What has changed has another name: the backend, a picture, the autoencoder.
+  // What has changed has another name: the backend, eagerly the threads, a picture, the
+  // autoencoder.
   EXPECT_EQ(Draw(*model, disk, Backend::kJit).first, 3);
+  SetThreads(2);
+  EXPECT_EQ(Draw(*model, disk, Backend::kJit).first, 0);
+  EXPECT_EQ(Draw(*model, disk).first, 3);
+  SetThreads(1);
+  EXPECT_EQ(Draw(*model, disk).first, 0);
   Random random(2);
   WritePng(folder_ / "data/1.png", test::RandomImage(16, 16, random));
   EXPECT_EQ(Draw(*model, disk).first, 1);

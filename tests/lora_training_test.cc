@@ -122,6 +122,12 @@ TEST(LoraTrainingTest, ARunContinuesBitForBit) {
   TrainCallbacks stop{.progress = [&](const TrainProgress& p) { steps = p.step; },
                       .cancelled = [&] { return steps == 5; }};
   EXPECT_THROW(TrainLora(lora, options, folder / "halves", false, {}, stop), CancelledError);
+  // Without its checkpoint its result says that it had one.
+  std::filesystem::rename(folder / "halves/checkpoints", folder / "checkpoints");
+  EXPECT_THAT(MessageOf<FileError>([&] { TrainLora({}, {}, folder / "halves", true); }),
+              HasSubstr("although the run has written"));
+  std::filesystem::remove_all(folder / "halves/checkpoints");
+  std::filesystem::rename(folder / "checkpoints", folder / "halves/checkpoints");
   // Options that differ from the run's are refused; the run's count.
   LoraTrainOptions other = lora;
   other.rank = 3;
@@ -245,6 +251,9 @@ TEST(LoraTrainingTest, FoldersWithOtherFiles) {
               HasSubstr("train.json: the field `lora.rank` is \"four\", of the wrong type"));
   EXPECT_THAT(error([](auto& j) { j["lora"] = 4; }),
               HasSubstr("train.json: not a training options file"));
+  // One of the version that kept them in a file beside it: no command continues it.
+  EXPECT_THAT(error([](auto& j) { j.erase("lora"), j.erase("class_prompt"); }),
+              HasSubstr("`class_prompt` is missing; a run of an earlier version"));
 }
 
 // ---------------------------------------------------------------- the program

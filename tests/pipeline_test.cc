@@ -14,9 +14,11 @@
 #include <nlohmann/json.hpp>
 #include <set>
 #include <sstream>
+#include <tuple>
 
 #include "core/parallel.h"
 #include "io/checkpoint.h"
+#include "io/file.h"
 #include "io/png.h"
 #include "io/safetensors.h"
 #include "io/shapes.h"
@@ -35,6 +37,7 @@ namespace fs = std::filesystem;
 using test::ReadText;
 using test::TempFolder;
 using test::TrainerTest;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
@@ -237,6 +240,81 @@ TEST_F(PipelineTest, AModelFolderHoldsTheModel) {
                            "scheduler/scheduler_config.json", "model_index.json"}) {
     EXPECT_EQ(ReadText(Folder("model") / file), ReadText(Folder("again") / file)) << file;
   }
+}
+
+// U-Nets that need more than a sample, a timestep and a context.
+TEST_F(PipelineTest, ModelsWithFurtherInputsAreRefusedAtOnce) {
+  const std::string tiny = test::kTinyUNet;
+  for (auto [field, value, input] : {std::tuple{"time_cond_proj_dim", "5", "timestep_cond"},
+                                     {"num_class_embeds", "3", "class_labels"},
+                                     {"class_embed_type", "\"timestep\"", "class_labels"}}) {
+    const std::string with =
+        fmt::format("{}, \"{}\": {}}}", tiny.substr(0, tiny.rfind('}')), field, value);
+    const auto said = AllOf(HasSubstr(field), HasSubstr(input), HasSubstr("`calotype unet`"));
+    // A new model.
+    TrainOptions fresh = options_;
+    fresh.unet = folder_ / "more.json";
+    folder_.Write("more.json", with);
+    EXPECT_THAT(MessageOf<UnsupportedFileError>([&] { MakeModel(fresh, *OpenDataset(fresh, {})); }),
+                AllOf(said, HasSubstr("more.json: ")));
+    // A given one: it can be read and saved, neither sampled nor trained.
+    CaptionEncoderConfig encoder;
+    encoder.vocabulary = {"<pad>", "<unk>", "a"};
+    encoder.hidden_size = 8;
+    DiffusionModel model(UNet2DConditionConfig::FromJson(with), encoder, {});
+    model.Initialize(1);
+    EXPECT_THAT(
+        MessageOf<UnsupportedFileError>([&] { TextToImagePipeline(model, Backend::kEager); }),
+        said);
+    fs::remove_all(Folder("more"));
+    model.Save(Folder("more"));
+    const auto in_folder = AllOf(said, HasSubstr("more/unet/config.json: "));
+    EXPECT_THAT(MessageOf<UnsupportedFileError>(
+                    [&] { TextToImagePipeline::Open(Folder("more"), Backend::kEager); }),
+                in_folder);
+    TrainOptions given = options_;
+    given.unet = TrainOptions().unet;
+    given.model = Folder("more");
+    auto data = OpenDataset(given, {});
+    EXPECT_THAT(MessageOf<UnsupportedFileError>(
+                    [&] { BeginTraining(given, {}, Folder("run"), false, {}, {}); }),
+                in_folder);
+    given.class_data = Folder("class");
+    given.class_prompt = "a";
+    given.num_class_images = 2;
+    EXPECT_THAT(MessageOf<UnsupportedFileError>(
+                    [&] { BeginTraining(given, {}, Folder("run"), false, {}, {}); }),
+                in_folder);
+    auto loaded = DiffusionModel::Load(Folder("more"));
+    EXPECT_THAT(
+        MessageOf<UnsupportedFileError>([&] { Trainer(*loaded, *data, options_, Folder("run")); }),
+        in_folder);
+    EXPECT_FALSE(fs::exists(Folder("run")));
+    EXPECT_FALSE(fs::exists(Folder("class")));
+  }
+}
+
+// With encoder_hid_dim the U-Net projects a context of that width to its own.
+TEST_F(PipelineTest, TheContextMayHaveAWidthOfItsOwn) {
+  const std::string tiny = test::kTinyUNet;
+  folder_.Write("unet.json", tiny.substr(0, tiny.rfind('}')) + R"(, "encoder_hid_dim": 12})");
+  options_.max_train_steps = 2;
+  options_.checkpointing_steps = 0;
+  Train("run");
+  auto pipeline = TextToImagePipeline::Load(Folder("run"), Backend::kEager);
+  EXPECT_EQ(pipeline->model().context_width(), 12);
+  EXPECT_EQ(pipeline->model().unet().config().cross_attention_dim[0], 8);
+  const GenerateOptions options = Prompts({"a small red circle"});
+  const Tensor picture = pipeline->Generate(options);
+  EXPECT_LE(
+      LargestDifference(picture,
+                        TextToImagePipeline::Load(Folder("run"), Backend::kJit)->Generate(options)),
+      1e-4);
+  const auto unet = pipeline->model().unet().config();
+  CaptionEncoderConfig encoder = pipeline->model().caption_encoder()->config();
+  encoder.hidden_size = 8;  // that of the cross-attention
+  EXPECT_THAT(MessageOf<ValueError>([&] { DiffusionModel(unet, encoder, {}); }),
+              HasSubstr("encoder_hid_dim is 12, the caption encoder's hidden_size 8"));
 }
 
 TEST_F(PipelineTest, DamagedModelFoldersAreFileErrors) {

@@ -140,6 +140,51 @@ TEST_F(TrainerTest, ARunKilledBeforeItsFirstCheckpointBeginsAgain) {
   EXPECT_EQ(Metrics("parts"), Metrics("whole"));
 }
 
+// Its checkpoints were lost. Whether there was one, the run's own options say, not those given now.
+TEST_F(TrainerTest, ARunWithoutItsCheckpointsDoesNotBeginAgain) {
+  auto lose = [&] {
+    const fs::path checkpoints = Folder("run") / "checkpoints";
+    for (int64_t step : ListCheckpoints(checkpoints)) fs::remove(CheckpointPath(checkpoints, step));
+  };
+  auto error = [&] { return MessageOf<FileError>([&] { Train("run", true); }); };
+  auto stop_at = [](int64_t step) {
+    return TrainCallbacks{.progress =
+                              [step](const TrainProgress& p) {
+                                if (p.step == step) throw std::runtime_error("killed");
+                              },
+                          .message = {},
+                          .cancelled = {}};
+  };
+  // Finished, with one checkpoint at the end.
+  options_.checkpointing_steps = 0;
+  Train("run");
+  lose();
+  const std::string weights = Weights("run"), metrics = Metrics("run");
+  EXPECT_THAT(error(), HasSubstr("no checkpoint to resume from, although the run was at step 12 of "
+                                 "12"));
+  fs::resize_file(Folder("run") / "metrics.jsonl", 0);
+  EXPECT_THAT(error(),
+              AllOf(HasSubstr("no checkpoint to resume from, although the run has written"),
+                    HasSubstr("run/model_index.json")));
+  EXPECT_EQ(Weights("run"), weights);
+
+  // Killed behind a checkpoint, and given a larger distance of checkpoints.
+  fs::remove_all(Folder("run"));
+  options_.checkpointing_steps = 2;
+  EXPECT_THROW(Train("run", false, stop_at(5)), std::runtime_error);
+  lose();
+  fs::remove(Folder("run") / "model_index.json");
+  options_.checkpointing_steps = 100;
+  EXPECT_THAT(error(), HasSubstr("although the run was at step 5 of 12"));
+
+  // Killed before its first checkpoint, and given a smaller one.
+  fs::remove_all(Folder("run"));
+  EXPECT_THROW(Train("run", false, stop_at(5)), std::runtime_error);
+  options_.checkpointing_steps = 2;
+  Train("run", true);
+  EXPECT_EQ(Weights("run"), weights);
+}
+
 TEST_F(TrainerTest, ARunThatLosesItsLastStepsContinuesBitForBit) {
   Train("whole");
   Train("parts");
@@ -322,6 +367,20 @@ TEST_F(TrainerTest, GoesOnWithTheModelOfARun) {
   options_.prediction_type = TrainOptions().prediction_type;  // the model knows
   EXPECT_THAT(MessageOf<ValueError>([&] { Train("none"); }), HasSubstr("unet has no effect"));
   options_.unet = TrainOptions().unet;
+  for (bool TrainOptions::*field :
+       {&TrainOptions::cache_latents, &TrainOptions::cache_latents_to_disk}) {
+    options_.*field = true;
+    options_.data = folder_ / "pictures";
+    folder_.Write("pictures/metadata.jsonl", ImageFolderLine("a.png", "a red circle"));
+    Random random(1);
+    WritePng(folder_ / "pictures/a.png", test::RandomImage(16, 16, random));
+    EXPECT_THAT(MessageOf<ValueError>([&] { Train("none"); }),
+                AllOf(HasSubstr("cache_latents"), HasSubstr("no effect on " + options_.model),
+                      HasSubstr("has no autoencoder")));
+    options_.*field = false;
+    options_.data = TrainOptions().data;
+  }
+  EXPECT_FALSE(fs::exists(Folder("none")));
   options_.learning_rate = 0;
   Train("second");
   EXPECT_EQ(Weights("second"), Weights("first"));

@@ -25,7 +25,7 @@ inline std::vector<double> Losses(const std::string& metrics, const char* field)
   std::vector<double> values;
   std::istringstream lines(metrics);
   for (std::string line; std::getline(lines, line);) {
-    auto record = ParseJson(line);
+    auto record = ParseJsonObject(line, "metrics.jsonl");
     if (record.contains(field)) values.push_back(record[field].get<double>());
   }
   return values;
@@ -56,7 +56,7 @@ class TrainerTest : public ::testing::Test {
     std::string result;
     std::istringstream lines(ReadText(Folder(name) / "metrics.jsonl"));
     for (std::string line; std::getline(lines, line);) {
-      auto record = ParseJson(line);
+      auto record = ParseJsonObject(line, "metrics.jsonl");
       record.erase("seconds");
       result += JsonText(record) + "\n";
     }
