@@ -389,10 +389,23 @@ Tensor TextToImagePipeline::Generate(const GenerateOptions& given,
     }
   }
   Tensor all = StackRows(pictures);
-  for (float v : all.values()) {
-    Check<NumericError>(std::isfinite(v), "generate: a picture is not finite; are the weights?");
+  auto finite = [](float v) { return std::isfinite(v); };
+  if (std::ranges::all_of(all.values(), finite)) return all;
+  for (const auto& part : model_.layers()) {
+    if (on_demand_) {  // most of the weights have made place for those of other parts
+      here_ = nullptr;
+      LeaveOnly(*part);
+      part->ReleaseParameters();
+      model_.LoadPart(*part);
+      if (loaded_) loaded_(*part);
+    }
+    for (const ParameterPtr& p : part->NamedParameters()) {
+      Check<NumericError>(std::ranges::all_of(p->value().values(), finite),
+                          "generate: a picture is not finite, as the weights {} are not",
+                          p->name());
+    }
   }
-  return all;
+  Fail<NumericError>("generate: a picture is not finite, although the weights are");
 }
 
 TextToImagePipeline::Sampling TextToImagePipeline::Begin(const GenerateOptions& options,

@@ -21,6 +21,7 @@
 #include "io/png.h"
 #include "io/safetensors.h"
 #include "io/shapes.h"
+#include "pipelines/model_folder.h"
 #include "tests/run_program.h"
 #include "tests/tiny_unet.h"
 
@@ -658,7 +659,7 @@ TEST_F(UNetFolderTest, MasksOfTheContext) {
   EXPECT_LE(distance(Output(), first_only), 1e-5f);
 }
 
-// Class labels of each kind, timestep_cond, and masks of both attentions.
+// Class labels of each kind, and timestep_cond.
 TEST_F(UNetFolderTest, FurtherInputsGiveTheGoldenOutput) {
   for (const char* name : {"class-ids", "class-steps", "class-vectors"}) {
     fixture_ = fixture_.parent_path() / name;
@@ -681,6 +682,31 @@ TEST_F(UNetFolderTest, FurtherInputsGiveTheGoldenOutput) {
     EXPECT_EQ(missing.code, 2);
     EXPECT_THAT(missing.err, HasSubstr("class_labels are missing"));
   }
+}
+
+// The mask of the self-attention does what it does to the layer.
+TEST_F(UNetFolderTest, MaskOfThePixels) {
+  fixture_ = fixture_.parent_path() / "residuals-masks";
+  golden_ = ReadSafetensors(fixture_ / "tensors.safetensors");
+  inputs_.tensors.clear();
+  std::vector<Tensor> inputs;
+  for (const char* name :
+       {"sample", "timestep", "encoder_hidden_states", "encoder_attention_mask", "attention_mask"})
+    inputs.push_back(inputs_.tensors[name] = golden_.tensors.at(std::string("input.") + name));
+  auto unet = LoadUNet(fixture_);
+  unet->SetTrainingMode(false);
+  const Tensor expected = unet->Forward(inputs)[0];
+  inputs.pop_back();
+  const Tensor unmasked = unet->Forward(inputs)[0];
+  const ProgramResult result = Run({"--backend", "eager"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  const Tensor out = Output();
+  float difference = 0;
+  for (int64_t i = 0; i < out.elements(); ++i) {
+    ASSERT_NEAR(out.data()[i], expected.data()[i], 1e-6);
+    difference = std::max(difference, std::abs(out.data()[i] - unmasked.data()[i]));
+  }
+  EXPECT_GT(difference, 1e-4f);
 }
 
 TEST_F(UNetFolderTest, WrongInputsAndOptionsAreNamed) {

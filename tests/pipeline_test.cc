@@ -317,6 +317,24 @@ TEST_F(PipelineTest, TheContextMayHaveAWidthOfItsOwn) {
               HasSubstr("encoder_hid_dim is 12, the caption encoder's hidden_size 8"));
 }
 
+TEST_F(PipelineTest, WeightsThatAreNotFiniteAreNamed) {
+  auto model = Model();
+  ParameterPtr weights = model->unet().FindParameter("conv_in.weight");
+  weights->Write().data()[3] = std::numeric_limits<float>::infinity();
+  const auto said = AllOf(HasSubstr("not finite, as the weights "), HasSubstr("conv_in.weight"));
+  const GenerateOptions options = Prompts({"a small red circle"});
+  EXPECT_THAT(MessageOf<NumericError>(
+                  [&] { TextToImagePipeline(*model, Backend::kEager).Generate(options); }),
+              said);
+  model->Save(Folder("model"));
+  auto opened = TextToImagePipeline::Open(Folder("model"), Backend::kEager);
+  for (int i = 0; i < 2; ++i)
+    EXPECT_THAT(MessageOf<NumericError>([&] { opened->Generate(options); }), said);
+  weights->Write().data()[3] = 0;
+  model->Save(Folder("model"));
+  EXPECT_EQ(opened->Generate(options).shape(), (Shape{1, 3, 16, 16}));
+}
+
 TEST_F(PipelineTest, DamagedModelFoldersAreFileErrors) {
   auto model = Model();
   model->Save(Folder("model"));
