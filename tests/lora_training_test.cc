@@ -56,8 +56,8 @@ std::vector<double> Losses(const std::filesystem::path& run) {
   std::vector<double> losses;
   std::istringstream lines(test::ReadText(run / "metrics.jsonl"));
   for (std::string line; std::getline(lines, line);) {
-    size_t at = line.find("\"loss\":");
-    if (at != line.npos) losses.push_back(std::stod(line.substr(at + 7)));
+    const auto record = ParseJsonObject(line, "metrics.jsonl");
+    if (record.contains("loss")) losses.push_back(record["loss"].get<double>());
   }
   return losses;
 }
