@@ -86,16 +86,18 @@ def speed(args, folder):
         text, memory = run([sys.executable, __file__, "--model", args.model, "--speed", args.speed, "--steps", args.steps,
                             "--torch-steps", *option])
         rows = [("PyTorch, PEFT", json.loads(text.splitlines()[-1]), memory)]
-        out = folder / f"speed{int(checkpointing)}"
-        _, memory = run([args.calotype, "--quiet", "train", "lora", "--model", args.model, "--data", data, "--out", out,
-                         "--resolution", args.speed, "--rank", 4, "--batch-size", 1, "--steps", args.steps,
-                         "--cache-latents", "--sample-steps", 0,
-                         *(["--gradient-checkpointing"] if checkpointing else [])])
-        steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        since_start = [0, *(step["seconds"] for step in steps if "loss" in step)]
-        rows.append(("Calotype", [b - a for a, b in zip(since_start, since_start[1:])], memory))
+        for backend in ("eager", "jit"):
+            out = folder / f"speed{int(checkpointing)}-{backend}"
+            _, memory = run([args.calotype, "--quiet", "train", "lora", "--model", args.model, "--data", data,
+                             "--out", out, "--resolution", args.speed, "--rank", 4, "--batch-size", 1,
+                             "--steps", args.steps, "--cache-latents", "--sample-steps", 0, "--backend", backend,
+                             *(["--gradient-checkpointing"] if checkpointing else [])])
+            steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            since_start = [0, *(step["seconds"] for step in steps if "loss" in step)]
+            times = [b - a for a, b in zip(since_start, since_start[1:])]
+            rows.append((f"Calotype, {backend}", times, memory))
         for who, times, memory in rows:
-            print(f"{args.speed} pixels, checkpointing {'on ' if checkpointing else 'off'}: {who:14} "
+            print(f"{args.speed} pixels, checkpointing {'on ' if checkpointing else 'off'}: {who:15} "
                   f"{min(times):6.2f} s a step (first {times[0]:.2f}), {1e-9 * memory:.2f} GB", flush=True)
 
 
